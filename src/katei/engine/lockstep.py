@@ -1,0 +1,287 @@
+"""The lockstep engine: K trials, one frozen base, one packed stream.
+
+    tick:  rows of every active trial's next batch  →  passes of at most `token_budget` tokens  →  gradients
+           →  each trial: clip, AdamW at its own rate, its method's after_step
+    a trial at the end of an epoch is evaluated on the validation rows, together with the others that are
+
+All randomness is a function of (seed, what it is for, step or epoch, row), never of what ran before: so companions, passes and
+restarts change no draw, and a checkpoint holds no generator.
+
+Dimensions: K trials · B rows · C classes · T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from katei.base.packed import Base, place_number
+from katei.base.stream import PackedRow
+from katei.core import metrics
+from katei.engine.optimizer import AdamW, Training
+from katei.methods.contract import Method, Stack, TrialFacts
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Rows as the engine reads them."""
+
+    ids: tuple[tuple[int, ...], ...]
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one trial is: a method's settings, a seed, how to train, and on which rows."""
+
+    name: str
+    method: Method
+    seed: int
+    training: Training
+    rows: tuple[int, ...]
+    """Indices into the training rows (all of them, or a fold's)."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.rows) / (self.training.batch_size * self.training.accumulation))
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.training.epochs
+
+    def order(self, epoch: int) -> list[int]:
+        """The rows of epoch `epoch` (0-based) in the order they are trained on."""
+        rng = torch.Generator().manual_seed(_mix(self.seed, "order", epoch))
+        return [self.rows[i] for i in torch.randperm(len(self.rows), generator=rng).tolist()]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of the epoch table. Losses in nats per row; None without validation rows."""
+
+    epoch: int
+    train_loss: float
+    valid_loss: float | None
+    valid_roc_auc: float | None
+    valid_accuracy: float | None
+
+
+@dataclass
+class TrialState:
+    """Where one trial is."""
+
+    trial: Trial
+    stack: int
+    n: int
+    optimizer: AdamW
+    nats: Tensor
+    """Sum of this epoch's row losses so far; float64, 0-d, on the device."""
+    step: int = 0
+    epochs: list[Epoch] = field(default_factory=list)
+    finished: str | None = None
+    """Why it takes no more steps: "done", "early" or "diverged"."""
+    best_epoch: int | None = None
+    best: dict[str, Tensor] | None = None
+    current_order: tuple[int, list[int]] = (-1, [])
+
+    def batch(self) -> list[int]:
+        """Row indices of the next step."""
+        epoch, place = divmod(self.step, self.trial.steps_per_epoch)
+        if self.current_order[0] != epoch:
+            self.current_order = (epoch, self.trial.order(epoch))
+        size = self.trial.training.batch_size * self.trial.training.accumulation
+        return self.current_order[1][place * size : (place + 1) * size]
+
+
+Watch = Callable[["Lockstep", list[TrialState]], None]
+"""Called after each tick with the trials that have just ended an epoch (often none)."""
+
+
+class Lockstep:
+    """Trains `trials` together over `base`.
+
+    Raises nothing of its own: a trial whose loss stops being finite is marked "diverged" and takes no more steps.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        trials: Sequence[Trial],
+        classes: int,
+        train: Tokens,
+        valid: Tokens | None,
+        *,
+        token_budget: int = 2048,
+        checkpointing: bool = False,
+    ):
+        self.base, self.train, self.valid, self.classes = base, train, valid, classes
+        self.token_budget, self.checkpointing = token_budget, checkpointing
+        self.stacks: list[Stack] = []
+        self.states: list[TrialState] = []
+        self.trained_rows = 0
+        self.seconds = {"train": 0.0, "evaluate": 0.0}
+        members: dict[Method, list[Trial]] = {}
+        for trial in trials:
+            members.setdefault(trial.method, []).append(trial)
+        placed: dict[str, tuple[int, int]] = {}
+        for s, (method, group) in enumerate(members.items()):
+            facts = [TrialFacts(trial.total_steps) for trial in group]
+            self.stacks.append(method.build(base, classes, [_mix(trial.seed, "init") for trial in group], facts))
+            placed |= {trial.name: (s, n) for n, trial in enumerate(group)}
+        assert len(placed) == len(trials), "trial names are unique"
+        for trial in trials:
+            s, n = placed[trial.name]
+            nats = torch.zeros((), dtype=torch.float64, device=base.device)
+            self.states.append(TrialState(trial, s, n, AdamW(self.stacks[s], n, trial.training), nats))
+
+    # ---------------------------------------------------------------- training
+
+    def run(self, watch: Watch | None = None) -> None:
+        """Until every trial has finished."""
+        # a stack's tensors view rows of one buffer, on purpose: their gradients are strided like them
+        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+        while any(state.finished is None for state in self.states):
+            ended = self.tick()
+            if watch is not None:
+                watch(self, ended)
+
+    def tick(self) -> list[TrialState]:
+        """One optimizer step of every active trial; returns those that ended an epoch with it."""
+        started = time.perf_counter()
+        active = [state for state in self.states if state.finished is None]
+        batches = [state.batch() for state in active]
+        self._gradients(active, batches)
+        for state, batch in zip(active, batches, strict=True):
+            state.optimizer.step_(state.step, state.trial.total_steps)
+            state.step += 1
+            self.stacks[state.stack].after_step(state.n, state.step)
+            self.trained_rows += len(batch)
+        self.seconds["train"] += time.perf_counter() - started
+        ended = [state for state in active if state.step % state.trial.steps_per_epoch == 0]
+        if ended:
+            started = time.perf_counter()
+            self._end_epoch(ended)
+            self.seconds["evaluate"] += time.perf_counter() - started
+        return ended
+
+    def _gradients(self, active: list[TrialState], batches: list[list[int]]) -> None:
+        """Fill every stack's gradients with those of the active trials' mean losses and penalties."""
+        for stack in self.stacks:
+            stack.zero_grad_()
+        work = []
+        for state, batch in zip(active, batches, strict=True):
+            for place, row in enumerate(batch):
+                noise = _mix(state.trial.seed, "noise", state.step, place)
+                packed = PackedRow(state.stack, state.n, self.train.ids[row], noise)
+                work.append((packed, self.train.labels[row], 1.0 / len(batch), state))
+        lengths = [len(packed.ids) + self.stacks[packed.stack].virtual_tokens for packed, *_ in work]
+        for chosen in passes(lengths, self.token_budget):
+            rows = [work[i][0] for i in chosen]
+            stream = self.base.stream(rows, self.stacks)
+            labels_B = torch.tensor([work[chosen[i]][1] for i in stream.order]).to(self.base.device)
+            share_B = torch.tensor([work[chosen[i]][2] for i in stream.order]).to(self.base.device)
+            with self.base.running(stream, self.stacks):
+                pooled_BD = self.base.pooled(stream, self.stacks, checkpointing=self.checkpointing)
+                scores = [self.stacks[p.stack].scores(pooled_BD[p.first : p.last], p) for p in stream.parts]
+                nats_B = F.cross_entropy(torch.cat(scores), labels_B, reduction="none")
+                (nats_B * share_B).sum().backward()  # type: ignore[no-untyped-call]
+            for value, place in zip(nats_B.detach().double().unbind(), stream.order, strict=True):
+                work[chosen[place]][3].nats += value
+        for s, stack in enumerate(self.stacks):
+            penalty_N = stack.penalty_N()
+            mine = [state.n for state in active if state.stack == s]
+            if penalty_N is not None and mine:
+                penalty_N[mine].sum().backward()  # type: ignore[no-untyped-call]
+
+    def _end_epoch(self, ended: list[TrialState]) -> None:
+        probabilities: list[NDArray[np.float64]] = []
+        if self.valid is not None:
+            valid = self.valid
+            probabilities = self.probabilities([(state, valid) for state in ended])
+        for i, state in enumerate(ended):
+            training = state.trial.training
+            train_loss = float(state.nats) / len(state.trial.rows)
+            state.nats.zero_()
+            valid_loss = valid_auc = valid_accuracy = None
+            if self.valid is not None and np.isfinite(probabilities[i]).all():
+                valid_loss = metrics.cross_entropy(probabilities[i], self.valid.labels)
+                valid_auc = metrics.roc_auc(probabilities[i], self.valid.labels)
+                valid_accuracy = metrics.accuracy(probabilities[i], self.valid.labels)
+            number = len(state.epochs) + 1
+            state.epochs.append(Epoch(number, train_loss, valid_loss, valid_auc, valid_accuracy))
+            if not math.isfinite(train_loss) or (self.valid is not None and valid_loss is None):
+                state.finished = "diverged"
+                continue
+            if valid_loss is not None:
+                best_loss = math.inf if state.best_epoch is None else state.epochs[state.best_epoch - 1].valid_loss
+                assert best_loss is not None
+                if valid_loss < best_loss:
+                    state.best_epoch = number
+                    if training.keep == "best":
+                        state.best = self.stacks[state.stack].snapshot(state.n)
+            if number == training.epochs:
+                state.finished = "done"
+            elif training.patience and state.best_epoch is not None and number - state.best_epoch >= training.patience:
+                state.finished = "early"
+            if state.finished and state.best is not None:
+                self.stacks[state.stack].restore_(state.n, state.best)
+
+    # ---------------------------------------------------------------- evaluation
+
+    def probabilities(self, jobs: Sequence[tuple[TrialState, Tokens]]) -> list[NDArray[np.float64]]:
+        """Class probabilities of each job's rows, (rows, C), in the job's order: trials side by side in shared passes."""
+        rows = [(state.stack, state.n, ids) for state, tokens in jobs for ids in tokens.ids]
+        scores = score_rows(self.base, self.stacks, rows, token_budget=self.token_budget)
+        out, start = [], 0
+        for _, tokens in jobs:
+            out.append(scores[start : start + len(tokens)])
+            start += len(tokens)
+        return out
+
+
+def score_rows(
+    base: Base, stacks: Sequence[Stack], rows: Sequence[tuple[int, int, Sequence[int]]], *, token_budget: int
+) -> NDArray[np.float64]:
+    """Class probabilities, (rows, C), of `(stack, adapter, ids)` rows in the order given."""
+    packed = [PackedRow(stack, n, ids) for stack, n, ids in rows]
+    lengths = [len(row.ids) + stacks[row.stack].virtual_tokens for row in packed]
+    result = np.empty((len(rows), stacks[0].classes))
+    for chosen in passes(lengths, token_budget):
+        stream = base.stream([packed[i] for i in chosen], stacks)
+        with torch.no_grad(), base.running(stream, stacks):
+            pooled_BD = base.pooled(stream, stacks)
+            scores_BC = torch.cat([stacks[p.stack].scores(pooled_BD[p.first : p.last], p) for p in stream.parts])
+        result[chosen] = torch.softmax(stream.unsort(scores_BC).double(), 1).cpu().numpy()
+    return result
+
+
+def passes(lengths: Sequence[int], token_budget: int) -> Iterable[list[int]]:
+    """Indices in order, cut where a pass would exceed the budget; a longer row goes alone."""
+    chosen: list[int] = []
+    tokens = 0
+    for i, length in enumerate(lengths):
+        if chosen and tokens + length > token_budget:
+            yield chosen
+            chosen, tokens = [], 0
+        chosen.append(i)
+        tokens += length
+    if chosen:
+        yield chosen
+
+
+def _mix(seed: int, purpose: str, *numbers: Any) -> int:
+    """A seed for one purpose; equal on every machine."""
+    return place_number(f"{seed}/{purpose}/{'/'.join(map(str, numbers))}")

@@ -1,0 +1,97 @@
+"""(IA)³: learned rescaling. Liu et al. 2022, https://arxiv.org/abs/2205.05638, section 3.3.
+
+    k = l_k ⊙ (W_k x)      v = l_v ⊙ (W_v x)      ffn = W_down (l_ff ⊙ silu(W_gate x) ⊙ (W_up x))
+
+l = 1 at the start, so step 0 is the base model. In a gated MLP, scaling the inner activation equals scaling up_proj's
+output, so all three vectors multiply the output of a linear site. (peft scales the input of down_proj: the same numbers,
+so its file's `down_proj.ia3_l` is our `up_proj`.) Which projections: peft's choice per architecture
+(`TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING`): k and v for Llama and Mistral, q and v for Gemma and Qwen.
+Trainable numbers per layer: outputs of the two projections + MLP width; and the head.
+
+Dimensions: T tokens · N adapters · O outputs · I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from katei.base.packed import Base, Site
+from katei.base.stream import Part
+from katei.core.errors import RecipeError
+from katei.methods.contract import Stack, TensorSpec, TrialFacts, constant, fill_
+
+SCALES_KEYS = ("llama", "mistral")
+"""Architectures for which peft scales k and v; elsewhere q and v."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3:
+    name: ClassVar[str] = "ia3"
+    learning_rate: ClassVar[float] = 1e-2
+    merges: ClassVar[bool] = True
+
+    targets: tuple[str, ...] | None = None
+    """Linear modules whose outputs are scaled; None is peft's choice for the architecture, with up_proj for down_proj."""
+
+    def __post_init__(self) -> None:
+        if self.targets is not None and "down_proj" in self.targets:
+            raise RecipeError(
+                "(IA)³ scales outputs here, and peft's down_proj means that module's input",
+                hint="name up_proj instead: in a gated MLP it is the same scaling",
+            )
+
+    def build(self, base: Base, classes: int, seeds: Sequence[int], facts: Sequence[TrialFacts]) -> IA3Stack:
+        return IA3Stack(self, base, classes, seeds)
+
+
+class IA3Stack(Stack):
+    def __init__(self, method: IA3, base: Base, classes: int, seeds: Sequence[int]):
+        self.method = method
+        default = ("k_proj" if base.model_type in SCALES_KEYS else "q_proj", "v_proj", "up_proj")
+        self.targets = method.targets or default
+        self.sites: list[Site] = base.sites_named(self.targets)
+        specs = {f"{site.name}.l_O": TensorSpec((site.outputs,), constant((site.outputs,), 1.0)) for site in self.sites}
+        super().__init__(base, classes, seeds, specs)
+        self.linear_sites = {site.name: site.outputs for site in self.sites}
+        self.lowest_layer = min(site.layer for site in self.sites)
+
+    def linear(self, site: str, x_TI: Tensor, y_TO: Tensor, part: Part) -> Tensor:
+        l_NO = self.tensors[f"{site}.l_O"]
+        l_TO = l_NO[0] if self.adapters == 1 else part.owner_float_TN() @ l_NO
+        return y_TO * l_TO.to(y_TO.dtype)
+
+    def merge(self, n: int, site: str, w_OI: Tensor) -> Tensor:
+        return w_OI * self.tensors[f"{site}.l_O"][n].detach()[:, None] if site in self.linear_sites else w_OI
+
+    def merge_bias(self, n: int, site: str, bias_O: Tensor) -> Tensor:
+        return bias_O * self.tensors[f"{site}.l_O"][n].detach() if site in self.linear_sites else bias_O
+
+    def peft_config(self, n: int) -> dict[str, Any]:
+        feedforward = ["down_proj"] if "up_proj" in self.targets else []
+        return {
+            "peft_type": "IA3",
+            "target_modules": sorted([t for t in self.targets if t != "up_proj"] + feedforward),
+            "feedforward_modules": feedforward,
+        }
+
+    def _places(self, n: int) -> dict[str, tuple[Tensor, Any]]:
+        places: dict[str, tuple[Tensor, Any]] = {}
+        for site in self.sites:
+            name = f"{site.name.removesuffix('up_proj')}down_proj" if site.leaf == "up_proj" else site.name
+            places[f"{name}.ia3_l"] = (self.tensors[f"{site.name}.l_O"][n], torch.flatten)
+        return places
+
+    def peft_tensors(self, n: int) -> dict[str, Tensor]:
+        # peft keeps a column for a scaled output, a row for a scaled input
+        return {
+            name: (place[None] if ".down_proj." in name else place[:, None]).detach().contiguous()
+            for name, (place, _) in self._places(n).items()
+        }
+
+    def load_peft_(self, n: int, tensors: Mapping[str, Tensor]) -> None:
+        fill_(self.tensors, tensors, self._places(n))
