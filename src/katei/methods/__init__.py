@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from katei.core.errors import RecipeError, nearest
+from katei.core.settings import build as build_settings
 from katei.methods.adalora import AdaLoRA
 from katei.methods.contract import Method
 from katei.methods.full import Full
@@ -19,7 +23,10 @@ METHODS: dict[str, type[Method]] = {
     for method in (LoRA, AdaLoRA, PromptTuning, PTuning, IA3, LLaMAAdapter, PrefixTuning, HeadOnly, Full)
 }
 
-__all__ = ["METHODS", "AdaLoRA", "Full", "HeadOnly", "IA3", "LLaMAAdapter", "LoRA", "PTuning", "PrefixTuning", "PromptTuning", "method_class"]
+BOOK = ("lora", "adalora", "prompt-tuning", "p-tuning", "ia3", "llama-adapter")
+"""What `--method all` means: the reference experiment's six."""
+
+__all__ = ["BOOK", "METHODS", "AdaLoRA", "Full", "HeadOnly", "IA3", "LLaMAAdapter", "LoRA", "PTuning", "PrefixTuning", "PromptTuning", "build_method", "method_class"]
 
 
 def method_class(name: str) -> type[Method]:
@@ -27,3 +34,8 @@ def method_class(name: str) -> type[Method]:
     if name not in METHODS:
         raise RecipeError(f"no method is named '{name}'", hint=nearest(name, METHODS))
     return METHODS[name]
+
+
+def build_method(name: str, settings: Mapping[str, Any], *, where: str) -> Method:
+    """The method `name` with these settings, checked. Raises RecipeError."""
+    return build_settings(method_class(name), settings, where=where)

@@ -28,13 +28,14 @@ from torch import Tensor
 from katei.base.packed import Base, Site, place_number
 from katei.base.stream import Part
 from katei.core.errors import RecipeError
-from katei.methods.contract import Stack, TensorSpec, TrialFacts, constant, fill_, normal, same, transposed
+from katei.methods.contract import Method, Stack, TensorSpec, TrialFacts, constant, fill_, normal, plain, same, target_names, transposed
 from katei.methods.lora import check_low_rank, low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLoRA:
+class AdaLoRA(Method):
     name: ClassVar[str] = "adalora"
+    peft_type: ClassVar[str | None] = "ADALORA"
     learning_rate: ClassVar[float] = 3e-3
     merges: ClassVar[bool] = True
 
@@ -73,6 +74,13 @@ class AdaLoRA:
             raise RecipeError("beta1 and beta2 lie between 0 and 1", hint="beta1 = 0.85")
         if self.orthogonality < 0:
             raise RecipeError(f"orthogonality is {self.orthogonality}, below 0", hint="orthogonality = 0.5")
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> AdaLoRA:
+        plain(config, bias="none", layers_to_transform=None)
+        return cls(
+            rank=config["init_r"], target_rank=config["target_r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"], targets=target_names(config)
+        )
 
     def build(self, base: Base, classes: int, seeds: Sequence[int], facts: Sequence[TrialFacts]) -> AdaLoRAStack:
         return AdaLoRAStack(self, base, classes, seeds, facts)
@@ -210,7 +218,6 @@ class AdaLoRAStack(Stack):
     def peft_config(self, n: int) -> dict[str, Any]:
         m, budget = self.method, self.budgets[n]
         return {
-            "peft_type": "ADALORA",
             "init_r": m.rank,
             "target_r": m.target_rank if m.target_rank % 1 else int(m.target_rank),
             "lora_alpha": m.alpha,

@@ -19,14 +19,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from katei.base.packed import Base
 from katei.base.stream import Part
-from katei.core.errors import AdapterError, CannotMerge
+from katei.core.errors import AdapterError
 
 HEAD = "score"
 """Name of the head's tensor, (C, D), in a stack and, with a prefix, in peft's files."""
@@ -53,15 +53,30 @@ class TrialFacts:
     total_steps: int
 
 
-class Method(Protocol):
-    """Settings of one method; frozen, hashable, validated where built. `name` is the word used in files and flags."""
+class Method(ABC):
+    """Settings of one method: a frozen, hashable dataclass, validated where built."""
 
     name: ClassVar[str]
+    """The word used in files and flags."""
+    peft_type: ClassVar[str | None]
+    """peft's name for it, None where peft has no such thing."""
     learning_rate: ClassVar[float]
     """Default learning rate, tuned on validation rows only (docs/methods.md)."""
     merges: ClassVar[bool]
+    """The adapter can be folded into the base's weights."""
 
-    def build(self, base: Base, classes: int, seeds: Sequence[int], facts: Sequence[TrialFacts]) -> Stack: ...
+    @abstractmethod
+    def build(self, base: Base, classes: int, seeds: Sequence[int], facts: Sequence[TrialFacts]) -> Stack:
+        """`seeds` has one entry per trial, `facts` too; all tensors are drawn from each trial's own seed."""
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Method:
+        """The settings an adapter_config.json of this `peft_type` describes. Raises AdapterError for what we lack."""
+        raise AdapterError(f"peft has no adapter of the method {cls.name}")
+
+    def saved_as(self) -> Method:
+        """The method whose stack reads this one's file: itself, unless training needed more than the result does."""
+        return self
 
 
 class Stack(ABC):
@@ -174,7 +189,7 @@ class Stack(ABC):
 
     @abstractmethod
     def peft_config(self, n: int) -> dict[str, Any]:
-        """The method's own fields of adapter_config.json, `peft_type` included."""
+        """The method's own fields of adapter_config.json."""
 
     @abstractmethod
     def peft_tensors(self, n: int) -> dict[str, Tensor]:
@@ -190,11 +205,8 @@ class Stack(ABC):
     # ---------------------------------------------------------------- merging
 
     def merge(self, n: int, site: str, w_OI: Tensor) -> Tensor:
-        """`w_OI` (float32) with adapter n folded in."""
-        raise CannotMerge(
-            f"{type(self).__name__.removesuffix('Stack')} has no weights to merge into: it changes what the layers read, not what they are",
-            hint="`katei export RUN --format peft` keeps the adapter beside the base; LoRA, AdaLoRA and (IA)³ merge",
-        )
+        """`w_OI` (float32) with adapter n folded in; only for methods that say `merges`."""
+        raise AssertionError(f"{type(self).__name__} has no weights to merge into")
 
     def merge_bias(self, n: int, site: str, bias_O: Tensor) -> Tensor:
         """A site's bias with adapter n folded in; only (IA)³ scales it."""
@@ -255,3 +267,21 @@ def same(x: Tensor) -> Tensor:
 
 def transposed(x: Tensor) -> Tensor:
     return x.T
+
+
+# -------------------------------------------------------------------- reading peft's configs
+
+
+def plain(config: Mapping[str, Any], **expected: object) -> None:
+    """Raise AdapterError for a peft option katei does not implement, unless it is at the value that turns it off."""
+    for name, off in expected.items():
+        value = config.get(name, off)
+        if value != off and value not in (None, [], {}):
+            raise AdapterError(f"the adapter was made with {name} = {value!r}, which katei does not implement", hint=f"{name} = {off!r} works")
+
+
+def target_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+        raise AdapterError(f"target_modules is {targets!r}", hint="katei reads a list of module names, such as ['q_proj', 'v_proj']")
+    return tuple(sorted({str(t).rsplit(".", 1)[-1] for t in targets}))

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from katei.base.packed import Base
 from katei.core.errors import RecipeError
-from katei.methods.contract import Stack, TrialFacts
+from katei.methods.contract import Method, Stack, TrialFacts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full:
+class Full(Method):
     name: ClassVar[str] = "full"
+    peft_type: ClassVar[str | None] = None
     learning_rate: ClassVar[float] = 2e-5
     merges: ClassVar[bool] = True
 
@@ -79,7 +80,7 @@ class FullStack(Stack):
         return w_OI
 
     def peft_config(self, n: int) -> dict[str, Any]:
-        return {"peft_type": None}
+        return {}
 
     def peft_tensors(self, n: int) -> dict[str, Tensor]:
         return {name: weight.detach().clone() for name, weight in self.weights.items()}

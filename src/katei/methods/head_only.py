@@ -14,12 +14,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from katei.base.packed import Base
-from katei.methods.contract import Stack, TrialFacts, fill_
+from katei.methods.contract import Method, Stack, TrialFacts, fill_
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadOnly:
+class HeadOnly(Method):
     name: ClassVar[str] = "head"
+    peft_type: ClassVar[str | None] = None
     learning_rate: ClassVar[float] = 1e-2
     merges: ClassVar[bool] = True
 
@@ -38,7 +39,7 @@ class HeadOnlyStack(Stack):
         return w_OI
 
     def peft_config(self, n: int) -> dict[str, Any]:
-        return {"peft_type": None}
+        return {}
 
     def peft_tensors(self, n: int) -> dict[str, Tensor]:
         return {}

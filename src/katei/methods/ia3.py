@@ -22,16 +22,17 @@ from torch import Tensor
 
 from katei.base.packed import Base, Site
 from katei.base.stream import Part
-from katei.core.errors import RecipeError
-from katei.methods.contract import Stack, TensorSpec, TrialFacts, constant, fill_
+from katei.core.errors import AdapterError, RecipeError
+from katei.methods.contract import Method, Stack, TensorSpec, TrialFacts, constant, fill_, target_names
 
 SCALES_KEYS = ("llama", "mistral")
 """Architectures for which peft scales k and v; elsewhere q and v."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class IA3:
+class IA3(Method):
     name: ClassVar[str] = "ia3"
+    peft_type: ClassVar[str | None] = "IA3"
     learning_rate: ClassVar[float] = 1e-2
     merges: ClassVar[bool] = True
 
@@ -44,6 +45,14 @@ class IA3:
                 "(IA)³ scales outputs here, and peft's down_proj means that module's input",
                 hint="name up_proj instead: in a gated MLP it is the same scaling",
             )
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> IA3:
+        scaled_inputs = set(config.get("feedforward_modules") or [])
+        if not scaled_inputs <= {"down_proj"}:
+            raise AdapterError(f"this (IA)³ adapter scales the inputs of {', '.join(sorted(scaled_inputs))}", hint="katei reads down_proj as a scaled input")
+        targets = (t for t in target_names(config))
+        return cls(targets=tuple("up_proj" if t in scaled_inputs else t for t in targets))
 
     def build(self, base: Base, classes: int, seeds: Sequence[int], facts: Sequence[TrialFacts]) -> IA3Stack:
         return IA3Stack(self, base, classes, seeds)
@@ -74,7 +83,6 @@ class IA3Stack(Stack):
     def peft_config(self, n: int) -> dict[str, Any]:
         feedforward = ["down_proj"] if "up_proj" in self.targets else []
         return {
-            "peft_type": "IA3",
             "target_modules": sorted([t for t in self.targets if t != "up_proj"] + feedforward),
             "feedforward_modules": feedforward,
         }

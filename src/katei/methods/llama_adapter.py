@@ -25,13 +25,14 @@ from torch import Tensor
 from katei.base.packed import Base
 from katei.base.stream import Part
 from katei.core.errors import RecipeError
-from katei.methods.contract import Stack, TensorSpec, TrialFacts, constant, fill_, normal, same
+from katei.methods.contract import Method, Stack, TensorSpec, TrialFacts, constant, fill_, normal, same
 from katei.methods.prompt_tuning import check_length
 
 
 @dataclass(frozen=True, kw_only=True)
-class LLaMAAdapter:
+class LLaMAAdapter(Method):
     name: ClassVar[str] = "llama-adapter"
+    peft_type: ClassVar[str | None] = "ADAPTION_PROMPT"
     learning_rate: ClassVar[float] = 1e-2
     merges: ClassVar[bool] = False
 
@@ -43,6 +44,10 @@ class LLaMAAdapter:
         check_length("length", self.length)
         if self.layers < 1:
             raise RecipeError(f"layers is {self.layers}, but it counts the top layers", hint="layers = 8")
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> LLaMAAdapter:
+        return cls(layers=config["adapter_layers"], length=config["adapter_len"])
 
     def build(self, base: Base, classes: int, seeds: Sequence[int], facts: Sequence[TrialFacts]) -> LLaMAAdapterStack:
         return LLaMAAdapterStack(self, base, classes, seeds)
@@ -88,7 +93,7 @@ class LLaMAAdapterStack(Stack):
         return (x_NPGK if norm is None else norm(x_NPGK)).transpose(1, 2)
 
     def peft_config(self, n: int) -> dict[str, Any]:
-        return {"peft_type": "ADAPTION_PROMPT", "adapter_layers": self.method.layers, "adapter_len": self.method.length}
+        return {"adapter_layers": self.method.layers, "adapter_len": self.method.length}
 
     def _places(self, n: int) -> dict[str, tuple[Tensor, Any]]:
         places: dict[str, tuple[Tensor, Any]] = {}

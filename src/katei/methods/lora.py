@@ -23,12 +23,13 @@ from torch import Tensor
 from katei.base.packed import Base, Site, place_number
 from katei.base.stream import Part
 from katei.core.errors import RecipeError
-from katei.methods.contract import Stack, TensorSpec, TrialFacts, constant, fill_, same, transposed, uniform
+from katei.methods.contract import Method, Stack, TensorSpec, TrialFacts, constant, fill_, plain, same, target_names, transposed, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA:
+class LoRA(Method):
     name: ClassVar[str] = "lora"
+    peft_type: ClassVar[str | None] = "LORA"
     learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = True
 
@@ -45,6 +46,13 @@ class LoRA:
     @property
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> LoRA:
+        plain(config, use_dora=False, rank_pattern={}, alpha_pattern={}, bias="none", layers_to_transform=None, lora_bias=False)
+        return cls(
+            rank=config["r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"], targets=target_names(config), rslora=config.get("use_rslora", False)
+        )
 
     def build(self, base: Base, classes: int, seeds: Sequence[int], facts: Sequence[TrialFacts]) -> LoRAStack:
         return LoRAStack(self, base, classes, seeds)
@@ -86,7 +94,6 @@ class LoRAStack(Stack):
 
     def peft_config(self, n: int) -> dict[str, Any]:
         return {
-            "peft_type": "LORA",
             "r": self.method.rank,
             "lora_alpha": self.method.alpha,
             "lora_dropout": self.method.dropout,

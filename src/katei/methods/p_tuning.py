@@ -23,13 +23,14 @@ from torch import Tensor
 
 from katei.base.packed import Base
 from katei.core.errors import RecipeError
-from katei.methods.contract import Stack, TensorSpec, TrialFacts, fill_, normal, same, uniform
-from katei.methods.prompt_tuning import check_length
+from katei.methods.contract import Method, Stack, TensorSpec, TrialFacts, normal, uniform
+from katei.methods.prompt_tuning import PromptTuning, check_length, peft_dims
 
 
 @dataclass(frozen=True, kw_only=True)
-class PTuning:
+class PTuning(Method):
     name: ClassVar[str] = "p-tuning"
+    peft_type: ClassVar[str | None] = "P_TUNING"
     learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = False
 
@@ -47,6 +48,14 @@ class PTuning:
             raise RecipeError(f"hidden is {self.hidden}, but it is the encoder's width", hint="hidden = 128")
         if not 1 <= self.lstm_layers <= 8:
             raise RecipeError(f"lstm_layers is {self.lstm_layers}", hint="lstm_layers = 2")
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> PTuning:
+        encoder = str(config["encoder_reparameterization_type"]).lower()
+        return cls(virtual_tokens=config["num_virtual_tokens"], encoder="lstm" if encoder == "lstm" else "mlp", hidden=config["encoder_hidden_size"])
+
+    def saved_as(self) -> PromptTuning:
+        return PromptTuning(virtual_tokens=self.virtual_tokens)
 
     def build(self, base: Base, classes: int, seeds: Sequence[int], facts: Sequence[TrialFacts]) -> PTuningStack:
         return PTuningStack(self, base, classes, seeds)
@@ -77,6 +86,7 @@ class PTuningStack(Stack):
             specs[f"mlp{layer}.b_O"] = TensorSpec((outputs,), uniform((outputs,), inputs**-0.5), decay=False)
         super().__init__(base, classes, seeds, specs)
         self.virtual_tokens = method.virtual_tokens
+        self.peft_dims = peft_dims(base, base.heads, base.width)
         self.lstm = None
         if lstm:  # shapes alone; its weights are ours, handed over at each call
             self.lstm = torch.nn.LSTM(base.width, hidden, method.lstm_layers, bidirectional=True, batch_first=True, device="meta")
@@ -97,10 +107,11 @@ class PTuningStack(Stack):
 
     def peft_config(self, n: int) -> dict[str, Any]:
         return {
-            "peft_type": "P_TUNING",
             "num_virtual_tokens": self.method.virtual_tokens,
             "encoder_reparameterization_type": self.method.encoder.upper(),
-            "encoder_hidden_size": self.method.hidden,
+            "encoder_hidden_size": self.method.hidden or self.peft_dims["token_dim"],
+            "encoder_num_layers": self.method.lstm_layers,
+            **self.peft_dims,
         }
 
     def peft_tensors(self, n: int) -> dict[str, Tensor]:
@@ -108,25 +119,4 @@ class PTuningStack(Stack):
             return {"prompt_embeddings": self.embed()[n].clone()}
 
     def load_peft_(self, n: int, tensors: Mapping[str, Tensor]) -> None:
-        raise AssertionError("a saved P-tuning adapter is its vectors: `katei.methods.saved` loads it as prompt tuning")
-
-
-class PTuningVectors(Stack):
-    """A trained P-tuning adapter, read from its file: the vectors, without the network that wrote them."""
-
-    def __init__(self, method: PTuning, base: Base, classes: int):
-        self.method = method
-        shape = (method.virtual_tokens, base.width)
-        super().__init__(base, classes, [0], {"prompt_PD": TensorSpec(shape, normal(shape))})
-        self.virtual_tokens = method.virtual_tokens
-
-    def embed(self) -> Tensor:
-        return self.tensors["prompt_PD"]
-
-    peft_config = PTuningStack.peft_config
-
-    def peft_tensors(self, n: int) -> dict[str, Tensor]:
-        return {"prompt_embeddings": self.tensors["prompt_PD"][n].detach().clone()}
-
-    def load_peft_(self, n: int, tensors: Mapping[str, Tensor]) -> None:
-        fill_(self.tensors, tensors, {"prompt_embeddings": (self.tensors["prompt_PD"][n], same)})
+        raise AssertionError("a saved P-tuning adapter is its vectors alone: `saved_as` reads them as prompt tuning")

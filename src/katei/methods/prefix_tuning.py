@@ -22,13 +22,14 @@ from torch import Tensor
 from katei.base.packed import Base
 from katei.base.stream import Part
 from katei.core.errors import RecipeError
-from katei.methods.contract import Stack, TensorSpec, TrialFacts, constant, fill_, normal, same
-from katei.methods.prompt_tuning import check_length
+from katei.methods.contract import Method, Stack, TensorSpec, TrialFacts, constant, fill_, normal, same
+from katei.methods.prompt_tuning import check_length, peft_dims
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixTuning:
+class PrefixTuning(Method):
     name: ClassVar[str] = "prefix-tuning"
+    peft_type: ClassVar[str | None] = "PREFIX_TUNING"
     learning_rate: ClassVar[float] = 1e-2
     merges: ClassVar[bool] = False
 
@@ -39,6 +40,10 @@ class PrefixTuning:
         check_length("virtual_tokens", self.virtual_tokens)
         if self.init not in ("random", "zero"):
             raise RecipeError(f"init is '{self.init}'", hint="one of: random, zero")
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> PrefixTuning:
+        return cls(virtual_tokens=config["num_virtual_tokens"])
 
     def build(self, base: Base, classes: int, seeds: Sequence[int], facts: Sequence[TrialFacts]) -> PrefixTuningStack:
         return PrefixTuningStack(self, base, classes, seeds)
@@ -52,13 +57,14 @@ class PrefixTuningStack(Stack):
         init = normal(shape) if method.init == "random" else constant(shape, 0.0)
         super().__init__(base, classes, seeds, {"prefix": TensorSpec(shape, init)})
         self.prefix_tokens = method.virtual_tokens
+        self.peft_dims = peft_dims(base, base.kv_heads, base.kv_heads * base.head_size)
 
     def prefix(self, layer: int, part: Part) -> tuple[Tensor, Tensor]:
         p_NPYGK = self.tensors["prefix"].unflatten(2, (self.depth * 2, self.kv_heads, self.head_size))
         return p_NPYGK[:, :, 2 * layer].transpose(1, 2), p_NPYGK[:, :, 2 * layer + 1].transpose(1, 2)
 
     def peft_config(self, n: int) -> dict[str, Any]:
-        return {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": self.method.virtual_tokens, "prefix_projection": False}
+        return {"num_virtual_tokens": self.method.virtual_tokens, "prefix_projection": False, **self.peft_dims}
 
     def peft_tensors(self, n: int) -> dict[str, Tensor]:
         return {"prompt_embeddings": self.tensors["prefix"][n].detach().clone()}

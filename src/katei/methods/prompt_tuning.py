@@ -21,14 +21,15 @@ from torch import Tensor
 
 from katei.base.packed import Base
 from katei.core.errors import RecipeError
-from katei.methods.contract import Stack, TensorSpec, TrialFacts, fill_, normal, same
+from katei.methods.contract import Method, Stack, TensorSpec, TrialFacts, fill_, normal, same
 
 PEFT_INIT = {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB", "text": "TEXT"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptTuning:
+class PromptTuning(Method):
     name: ClassVar[str] = "prompt-tuning"
+    peft_type: ClassVar[str | None] = "PROMPT_TUNING"
     learning_rate: ClassVar[float] = 3e-2
     merges: ClassVar[bool] = False
 
@@ -44,6 +45,10 @@ class PromptTuning:
         if (self.init == "text") != bool(self.init_text.strip()):
             raise RecipeError('init = "text" and init_text go together', hint='init = "text", init_text = "この詩の声は"')
 
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> PromptTuning:
+        return cls(virtual_tokens=config["num_virtual_tokens"])
+
     def build(self, base: Base, classes: int, seeds: Sequence[int], facts: Sequence[TrialFacts]) -> PromptTuningStack:
         return PromptTuningStack(self, base, classes, seeds)
 
@@ -53,12 +58,18 @@ def check_length(name: str, length: int) -> None:
         raise RecipeError(f"{name} is {length}, but it counts vectors, 1 to 1024", hint=f"{name} = 10")
 
 
+def peft_dims(base: Base, heads: int, width: int) -> dict[str, int]:
+    """The shape fields peft's prompt configs carry and its loader needs."""
+    return {"token_dim": width, "num_attention_heads": heads, "num_layers": base.depth, "num_transformer_submodules": 1}
+
+
 class PromptTuningStack(Stack):
     def __init__(self, method: PromptTuning, base: Base, classes: int, seeds: Sequence[int]):
         self.method = method
         shape = (method.virtual_tokens, base.width)
         super().__init__(base, classes, seeds, {"prompt_PD": TensorSpec(shape, self._init(method, base))})
         self.virtual_tokens = method.virtual_tokens
+        self.peft_dims = peft_dims(base, base.heads, base.width)
 
     @staticmethod
     def _init(method: PromptTuning, base: Base) -> Callable[[torch.Generator], Tensor]:
@@ -80,7 +91,7 @@ class PromptTuningStack(Stack):
 
     def peft_config(self, n: int) -> dict[str, Any]:
         # the vectors are in the file: the start they were given is over, and peft would need a tokenizer for "TEXT"
-        return {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": self.method.virtual_tokens, "prompt_tuning_init": "RANDOM"}
+        return {"num_virtual_tokens": self.method.virtual_tokens, "prompt_tuning_init": "RANDOM", **self.peft_dims}
 
     def peft_tensors(self, n: int) -> dict[str, Tensor]:
         return {"prompt_embeddings": self.tensors["prompt_PD"][n].detach().clone()}

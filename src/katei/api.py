@@ -1,0 +1,227 @@
+"""katei from Python: one function per command, the same results.
+
+    from katei import api
+    study = api.compare("poems", model="gemma3-270m", methods=["lora", "ia3"], out="runs/two", epochs=3)
+    print(study.results["verdict"])
+    api.predict("runs/two", "new.tsv", out="answers.tsv", trial="lora")
+
+Every function raises `katei.core.errors.UserError` for a user's mistake, before anything is loaded or written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from katei.core.errors import AdapterError, RecipeError
+
+if TYPE_CHECKING:
+    from katei.study.run import Study, Watcher
+
+PathLike = str | Path
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+def compare(
+    data: PathLike | None = None,
+    *,
+    out: PathLike,
+    model: str | None = None,
+    methods: Sequence[str] | None = None,
+    recipe: PathLike | None = None,
+    seeds: Sequence[int] | int | None = None,
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
+    save_seconds: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **flags: Any,
+) -> Study:
+    """Train several methods (and seeds) in lockstep over one base and write the run folder `out`.
+
+    `flags` are recipe keys (`epochs=3`, `learning_rate=1e-3`, `precision="bf16"`, `text="poem"`, …) and win over `recipe`, a
+    TOML file or the name of a packaged one. `settings` are the method's own (`{"rank": 4}`), for a recipe of one method.
+    An integer `seeds` means that many, from 0. A run that was killed goes on where it stopped.
+    """
+    from katei.study.recipe import load_recipe
+    from katei.study.run import SAVE_SECONDS, run_study
+
+    if isinstance(seeds, int):
+        seeds = range(seeds)
+    overrides = {
+        **flags,
+        "data": None if data is None else str(data),
+        "model": model,
+        "methods": None if methods is None else list(methods),
+        "seeds": None if seeds is None else list(seeds),
+    }
+    resolved = load_recipe(_recipe_path(recipe), overrides, method_overrides=settings)
+    return run_study(
+        resolved, Path(out), overwrite=overwrite, watcher=watcher, save_seconds=SAVE_SECONDS if save_seconds is None else save_seconds
+    )
+
+
+def train(data: PathLike | None = None, *, out: PathLike, method: str | None = None, seed: int | None = None, **rest: Any) -> Study:
+    """Train one trial: `compare` with one method and one seed."""
+    methods = None if method is None else [method]
+    if methods is None and rest.get("recipe") is None:
+        raise RecipeError("no method given", hint="--method lora")
+    return compare(data, out=out, methods=methods, seeds=None if seed is None else [seed], **rest)
+
+
+def demo(*, out: PathLike = "runs/demo", model: str | None = None, watcher: Watcher | None = None, overwrite: bool = False, **flags: Any) -> Study:
+    """The main job on embedded things: six methods on the bundled poems."""
+    return compare(out=out, model=model, recipe="demo", watcher=watcher, overwrite=overwrite, **flags)
+
+
+def evaluate(
+    run: PathLike,
+    data: PathLike,
+    *,
+    trial: str | None = None,
+    text: str | None = None,
+    label: str | None = None,
+    model: str | None = None,
+    precision: str = "fp32",
+    device: str = "auto",
+    say: Callable[[str], None] = _silent,
+) -> dict[str, Any]:
+    """Scores of a trained adapter on labelled rows, with 95 % intervals."""
+    from katei.data import load_split
+    from katei.methods.saved import AdapterNote
+    from katei.ship.adapters import adapter_folder, open_adapter, read_note
+    from katei.ship.predict import predict_texts
+    from katei.study.run import test_scores
+
+    folder = adapter_folder(Path(run), trial)
+    note: AdapterNote = read_note(folder)
+    split = load_split(data, text=text or note.text_column, label=label, label_names=note.labels)
+    base, stack, note = open_adapter(folder, model=model, precision=precision, device=device, say=say)
+    return asdict(test_scores(predict_texts(base, stack, note, split.texts), split.labels))
+
+
+def predict(
+    run: PathLike,
+    file: PathLike,
+    *,
+    out: PathLike | None = None,
+    trial: str | None = None,
+    text: str | None = None,
+    model: str | None = None,
+    precision: str = "fp32",
+    device: str = "auto",
+    say: Callable[[str], None] = _silent,
+) -> dict[str, Any]:
+    """Classify every row of a TSV, CSV, JSONL or parquet file. Returns `rows`, `out` and `seconds`."""
+    import time
+
+    from katei.ship.adapters import adapter_folder, open_adapter, read_note
+    from katei.ship.predict import check_input, default_out, predict_file
+
+    started = time.perf_counter()
+    folder = adapter_folder(Path(run), trial)
+    target = Path(out) if out is not None else default_out(Path(file))
+    check_input(Path(file), target, read_note(folder), text)
+    base, stack, note = open_adapter(folder, model=model, precision=precision, device=device, say=say)
+    rows = predict_file(base, stack, note, Path(file), target, text=text)
+    return {"rows": rows, "out": str(target), "seconds": round(time.perf_counter() - started, 3)}
+
+
+def generate(
+    prompts: Sequence[str],
+    *,
+    run: PathLike | None = None,
+    model: str | None = None,
+    trial: str | None = None,
+    precision: str = "fp32",
+    device: str = "auto",
+    new_tokens: int = 40,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    say: Callable[[str], None] = _silent,
+) -> list[str]:
+    """Continuations of each prompt by a base (`model`), or by the base with a run's adapter."""
+    from katei.base.load import load_causal_lm
+    from katei.base.packed import Base
+    from katei.methods.saved import read_adapter
+    from katei.ship.adapters import adapter_folder
+    from katei.ship.generate import Sampling
+    from katei.ship.generate import generate as continue_
+
+    sampling = Sampling(new_tokens=new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    if not prompts or any(not prompt for prompt in prompts):
+        raise RecipeError("a prompt is empty", hint='katei generate --model gemma3-270m "春の夜の"')
+    saved = None if run is None else read_adapter(adapter_folder(Path(run), trial))
+    name = model or (saved.note.base if saved else None)
+    if name is None:
+        raise RecipeError("neither a run nor a base given", hint='katei generate --model gemma3-270m "春の夜の"')
+    loaded = load_causal_lm(name, precision=precision, device=device, say=say)
+    base = Base(loaded.model.base_model, loaded.tokenizer, name=name, fingerprint=loaded.fingerprint)
+    return continue_(base, loaded.model.get_output_embeddings(), prompts, sampling, saved.stack(base) if saved else None)
+
+
+def merge(
+    run: PathLike,
+    *,
+    out: PathLike,
+    trial: str | None = None,
+    data: PathLike | None = None,
+    model: str | None = None,
+    device: str = "auto",
+    say: Callable[[str], None] = _silent,
+) -> dict[str, Any]:
+    """Fold an adapter into its base: a plain `AutoModelForSequenceClassification` folder, compared with the adapter on rows.
+
+    The rows are those of `data`, or the run's own test (valid, train) rows. Raises CannotMerge for prompts and the like.
+    """
+    from katei.methods.saved import read_adapter
+    from katei.ship.adapters import adapter_folder, open_base_of, rows_to_compare
+    from katei.ship.models import check_mergeable, merge_adapter
+
+    folder = adapter_folder(Path(run), trial)
+    saved = read_adapter(folder)
+    check_mergeable(saved, Path(out))
+    texts = rows_to_compare(Path(run), data, saved.note)
+    base = open_base_of(saved, model=model, precision="fp32", device=device, say=say)
+    rows = [base.tokenize(text, saved.note.max_length) for text in texts]
+    agreement = merge_adapter(saved, base, Path(out), rows, say)
+    change = {"labels": agreement.labels, "max_probability_change": agreement.max_probability_change}
+    return {"out": str(out), "format": "transformers", "agreement": {**change, "mean_probability_change": agreement.mean_probability_change, "rows": agreement.rows}}
+
+
+def export(run: PathLike, *, out: PathLike, format: str = "peft", trial: str | None = None) -> dict[str, Any]:
+    """Write an adapter in another tool's format; `peft` is the format it is kept in."""
+    from katei.ship.adapters import adapter_folder
+    from katei.ship.export import export_peft
+
+    if format != "peft":
+        raise AdapterError(f"no export to '{format}'", hint="--format peft")
+    export_peft(adapter_folder(Path(run), trial), Path(out))
+    return {"out": str(out), "format": "peft", "agreement": None}
+
+
+def doctor() -> dict[str, Any]:
+    """The machine, the versions, and what to fix."""
+    from katei.doctor import doctor as examine
+
+    return examine()
+
+
+def models() -> list[dict[str, Any]]:
+    """The built-in bases, and whether each is installed."""
+    from katei.doctor import models as listing
+
+    return listing()
+
+
+def _recipe_path(recipe: PathLike | None) -> Path | None:
+    """A recipe file, or the packaged one of that name."""
+    if recipe is None:
+        return None
+    packaged = Path(__file__).parent / "recipes" / f"{recipe}.toml"
+    return packaged if packaged.exists() and not Path(recipe).exists() else Path(recipe)

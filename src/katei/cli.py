@@ -1,0 +1,429 @@
+"""The commands: parse, call one function of `katei.api`, print its result. Results go to stdout, progress to stderr.
+
+Nothing heavy is imported before a command runs, so `katei --help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from katei.core.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Parameter-efficient fine-tuning of LLMs on the hardware you have at home: many methods in lockstep over one frozen base.",
+)
+
+METHOD_HELP = "lora, adalora, prompt-tuning, p-tuning, prefix-tuning, ia3, llama-adapter, head or full"
+MODEL_HELP = "A folder, a hub id, a GGUF file, or a built-in: gemma3-270m, smollm2."
+DATA_HELP = "A folder with train/valid/test as .tsv, .csv, .jsonl or .parquet; one such file; a hub data-set id; or poems, poems-en."
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+Model = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
+Precision = Annotated[str, typer.Option(help="Of the frozen base: fp32, bf16 or fp16. Adapters and heads are fp32.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+TrialName = Annotated[str | None, typer.Option("--trial", help="Which trial of a run with several.")]
+RecipeFile = Annotated[str | None, typer.Option("--recipe", help="A recipe, a TOML file, or a packaged one: book, demo. Flags win over it.")]
+TextColumn = Annotated[str | None, typer.Option("--text", help="Column with the texts; not needed with two columns.")]
+LabelColumn = Annotated[str | None, typer.Option("--label", help="Column with the labels; not needed with two columns.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in --out.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method: --set rank=1. Repeatable.")]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the training rows [10].")]
+Rate = Annotated[float | None, typer.Option("--lr", help="Learning rate [the method's own].")]
+BatchSize = Annotated[int | None, typer.Option(help="Rows per batch [1].")]
+Accumulation = Annotated[int | None, typer.Option(help="Batches per optimizer step [1].")]
+Decay = Annotated[float | None, typer.Option(help="AdamW's weight decay [0].")]
+Warmup = Annotated[float | None, typer.Option(help="Share of the steps in which the rate rises [0].")]
+Patience = Annotated[int | None, typer.Option(help="Stop after this many epochs without a better validation loss [0: never].")]
+Keep = Annotated[str | None, typer.Option(help="Which epoch's adapter stays: last or best (validation loss) [last].")]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens a text may have [200].")]
+TokenBudget = Annotated[int | None, typer.Option(help="Tokens in one pass: bounds memory, never the result [2048].")]
+TrainPrecision = Annotated[str | None, typer.Option("--precision", help="Of the frozen base: fp32, bf16 or fp16 [fp32].")]
+TrainDevice = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps [auto].")]
+SaveSeconds = Annotated[float, typer.Option(help="Save the state at most this often; a killed run goes on from there.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        from katei import __version__
+
+        print(f"katei {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
+    model: Model = None,
+    epochs: Epochs = None,
+    device: TrainDevice = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Compare the six methods on the bundled poems: the main job on embedded things."""
+    from katei import api
+
+    flags = {"model": model, "epochs": epochs, "device": device}
+    _print_study(api.demo(out=out, watcher=_watcher(), overwrite=overwrite, **flags), as_json)
+
+
+@app.command()
+def train(
+    data: Annotated[str | None, typer.Argument(help=DATA_HELP)] = None,
+    method: Annotated[str | None, typer.Option(help=METHOD_HELP + ".")] = None,
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/train"),
+    model: Model = None,
+    recipe: RecipeFile = None,
+    settings: Settings = None,
+    seed: Annotated[int | None, typer.Option(help="Everything random flows from it [0].")] = None,
+    text: TextColumn = None,
+    label: LabelColumn = None,
+    epochs: Epochs = None,
+    learning_rate: Rate = None,
+    batch_size: BatchSize = None,
+    accumulation: Accumulation = None,
+    weight_decay: Decay = None,
+    warmup: Warmup = None,
+    patience: Patience = None,
+    keep: Keep = None,
+    max_length: MaxLength = None,
+    token_budget: TokenBudget = None,
+    precision: TrainPrecision = None,
+    device: TrainDevice = None,
+    save_seconds: SaveSeconds = 60.0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Train one method; prints the epoch table and the test scores."""
+    from katei import api
+
+    study = api.train(
+        data,
+        out=out,
+        method=method,
+        seed=seed,
+        model=model,
+        recipe=recipe,
+        settings=_settings(settings),
+        text=text,
+        label=label,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        patience=patience,
+        keep=keep,
+        max_length=max_length,
+        token_budget=token_budget,
+        precision=precision,
+        device=device,
+        save_seconds=save_seconds,
+        overwrite=overwrite,
+        watcher=_watcher(),
+    )
+    _print_study(study, as_json)
+
+
+@app.command()
+def compare(
+    data: Annotated[str | None, typer.Argument(help=DATA_HELP)] = None,
+    method: Annotated[str | None, typer.Option(help=f"Comma-separated: {METHOD_HELP}; all means the book's six [all].")] = None,
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/compare"),
+    model: Model = None,
+    recipe: RecipeFile = None,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds, from 0 [1].")] = None,
+    text: TextColumn = None,
+    label: LabelColumn = None,
+    epochs: Epochs = None,
+    learning_rate: Annotated[float | None, typer.Option("--lr", help="One learning rate for all [each method's own].")] = None,
+    batch_size: BatchSize = None,
+    accumulation: Accumulation = None,
+    weight_decay: Decay = None,
+    warmup: Warmup = None,
+    patience: Patience = None,
+    keep: Keep = None,
+    max_length: MaxLength = None,
+    token_budget: TokenBudget = None,
+    precision: TrainPrecision = None,
+    device: TrainDevice = None,
+    save_seconds: SaveSeconds = 60.0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Train several methods (and seeds) in lockstep on the same rows; prints all scores and what may be said of them."""
+    from katei import api
+
+    study = api.compare(
+        data,
+        out=out,
+        methods=None if method is None else [name.strip() for name in method.split(",")],
+        seeds=seeds,
+        model=model,
+        recipe=recipe,
+        text=text,
+        label=label,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        patience=patience,
+        keep=keep,
+        max_length=max_length,
+        token_budget=token_budget,
+        precision=precision,
+        device=device,
+        save_seconds=save_seconds,
+        overwrite=overwrite,
+        watcher=_watcher(),
+    )
+    _print_study(study, as_json)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder, one of its trials, or an adapter peft saved.")],
+    data: Annotated[str, typer.Argument(help="Labelled rows: a file, or a folder whose test rows are used.")],
+    trial: TrialName = None,
+    text: TextColumn = None,
+    label: LabelColumn = None,
+    model: Model = None,
+    precision: Precision = "fp32",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score a trained adapter on labelled rows, with 95 % intervals."""
+    from katei import api
+    from katei.printing import print_scores
+
+    scores = api.evaluate(run, data, trial=trial, text=text, label=label, model=model, precision=precision, device=device, say=_say)
+    _finish(scores, as_json, lambda: print_scores(scores))
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="A run folder, one of its trials, or an adapter peft saved.")],
+    file: Annotated[Path, typer.Argument(help="Rows to classify: .tsv, .csv, .jsonl or .parquet.")],
+    out: Annotated[Path | None, typer.Option(help="Where the predictions go [FILE.predictions.EXT]; its ending is the format.")] = None,
+    trial: TrialName = None,
+    text: TextColumn = None,
+    model: Model = None,
+    precision: Precision = "fp32",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Classify rows: the input's columns, then prediction and one probability per class."""
+    from katei import api
+
+    result = api.predict(run, file, out=out, trial=trial, text=text, model=model, precision=precision, device=device, say=_say)
+    _finish(result, as_json, lambda: print(f"{result['rows']} rows → {result['out']} in {result['seconds']:.1f} s"))
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts; with --model alone, nothing else. A run folder may come first.")],
+    model: Model = None,
+    trial: TrialName = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to add, at most.")] = 40,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; 0.8 varied.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the smallest set of tokens that has this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    precision: Precision = "fp32",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Continue prompts with a base, or with a run's adapter: katei generate [RUN] PROMPT …"""
+    from katei import api
+    from katei.printing import print_continuations
+
+    run = None
+    if model is None or (len(prompts) > 1 and Path(prompts[0]).is_dir()):
+        if Path(prompts[0]).is_dir():
+            run, prompts = Path(prompts[0]), prompts[1:]
+        if not prompts:
+            raise UserError("no prompt given", hint='katei generate RUN "春の夜の"')
+    texts = api.generate(
+        prompts,
+        run=run,
+        model=model,
+        trial=trial,
+        precision=precision,
+        device=device,
+        new_tokens=new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        say=_say,
+    )
+    pairs = [{"prompt": prompt, "continuation": text} for prompt, text in zip(prompts, texts, strict=True)]
+    _finish({"continuations": pairs}, as_json, lambda: print_continuations(pairs))
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="A run folder, one of its trials, or an adapter peft saved.")],
+    out: Annotated[Path, typer.Option(help="The new model's folder.")],
+    trial: TrialName = None,
+    data: Annotated[str | None, typer.Option(help="Rows to compare the merged model on [the run's own].")] = None,
+    model: Model = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Fold LoRA, AdaLoRA or (IA)³ into the base's weights, and check that the merged model answers the same."""
+    from katei import api
+
+    result = api.merge(run, out=out, trial=trial, data=data, model=model, device=device, say=_say)
+    a = result["agreement"]
+    line = f"{a['labels']:.1%} of {a['rows']} rows get the same label; largest change of a probability {a['max_probability_change']:.1e}"
+    _finish(result, as_json, lambda: print(f"merged into {result['out']}: {line}"))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder or one of its trials.")],
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    format: Annotated[str, typer.Option(help="peft.")] = "peft",
+    trial: TrialName = None,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter for another tool."""
+    from katei import api
+
+    result = api.export(run, out=out, format=format, trial=trial)
+    _finish(result, as_json, lambda: print(f"{result['format']} adapter in {result['out']}"))
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """The built-in bases, and whether each is installed."""
+    from katei import api
+    from katei.printing import print_models
+
+    listing = api.models()
+    _finish({"models": listing}, as_json, lambda: print_models(listing))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """The machine, the versions, and what to fix."""
+    from katei import api
+    from katei.printing import print_doctor
+
+    report = api.doctor()
+    _finish(report, as_json, lambda: print_doctor(report))
+
+
+# -------------------------------------------------------------------- shared
+
+
+def _settings(pairs: list[str] | None) -> dict[str, Any] | None:
+    """`rank=1` as a recipe would hold it: the value is TOML, and a bare word is a string."""
+    import tomllib
+
+    if not pairs:
+        return None
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key.strip():
+            raise UserError(f"--set {pair}", hint="--set rank=1")
+        try:
+            values[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[key.strip()] = value
+    return values
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def _watcher() -> Any:
+    from katei.progress import TerminalWatcher
+
+    return TerminalWatcher(_console())
+
+
+def _say(text: str) -> None:
+    from rich.text import Text
+
+    _console().print(Text(text, style="dim"))
+
+
+def _print_study(study: Any, as_json: bool) -> None:
+    from katei.printing import print_study
+
+    _finish(study.as_json(), as_json, lambda: print_study(study))
+
+
+def _finish(result: dict[str, Any], as_json: bool, show: Any) -> None:
+    show()
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+
+
+def main() -> None:
+    """The `katei` program: exit code 0, 2 for a user's mistake, 130 when stopped, and a traceback only with --debug."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    as_json = "--json" in arguments
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(args=arguments, prog_name="katei", standalone_mode=False)
+    except UserError as error:
+        if debug:
+            raise
+        _report(str(error), error.as_dict(), as_json)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("katei: stopped. The same command goes on from the last state saved.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        # typer brings its own copy of click's exceptions, and which depends on its version: they share these two methods
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            message = error.format_message()
+            facts = {"kind": "usage", "message": message, "file": None, "row": None, "hint": "katei --help"}
+            _report(f"{message}\n  → katei --help", facts, as_json)
+            sys.exit(2)
+        if type(error).__name__ == "Abort":
+            sys.exit(130)
+        if debug:
+            raise
+        print(
+            f"katei: a mistake of katei's own: {type(error).__name__}: {error}\n  → the same command with --debug shows where; please report it",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(text: str, facts: dict[str, object], as_json: bool) -> None:
+    print(f"katei: {text}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": facts}, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

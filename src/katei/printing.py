@@ -1,0 +1,127 @@
+"""Results as a person reads them: plain tables on stdout, one printer per kind of result."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.columns import Columns
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from katei.progress import duration, number
+
+if TYPE_CHECKING:
+    from katei.study.run import Study
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe has no width of its own: do not fold tables at 80
+        console = Console(highlight=False, width=150)
+    return console
+
+
+def print_study(study: Study) -> None:
+    """The epoch tables, the scores with their intervals, the verdict, and where everything is."""
+    console = _console()
+    trials = study.results["trials"]
+    console.print(Columns([_epoch_table(trial) for trial in trials], padding=(0, 4)))
+    if any(trial["test"] for trial in trials):
+        console.print(_score_table(trials, study.results["majority_accuracy"]))
+    console.print(Text(study.results["verdict"]))
+    seconds, memory = study.environment["seconds"], study.environment["memory"]
+    console.print(
+        Text(
+            f"\n{duration(seconds['total'])} in all ({duration(seconds['load'])} loading, {duration(seconds['train'])} training, "
+            f"{duration(seconds['evaluate'])} evaluating), peak memory {memory['peak_bytes'] / 2**30:.2f} GiB",
+            style="dim",
+        )
+    )
+    first = trials[0]["name"]
+    console.print(Text(f"run folder  {study.run}\nnext        katei predict {study.run} FILE.tsv --trial {first}", style="dim"))
+
+
+def _epoch_table(trial: dict[str, Any]) -> Table:
+    share = trial["trainable"] / trial["total"]
+    title = f"{trial['name']}  ·  {trial['trainable']:,} of {trial['total']:,} trained ({share:.2%})"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("epoch", "train loss", "valid loss", "ROC AUC", "accuracy"):
+        table.add_column(name, justify="right")
+    for epoch in trial["epochs"]:
+        values = (epoch["train_loss"], epoch["valid_loss"], epoch["valid_roc_auc"], epoch["valid_accuracy"])
+        mark = " *" if epoch["epoch"] == trial["best_epoch"] else ""
+        table.add_row(str(epoch["epoch"]) + mark, *(number(value) for value in values))
+    if trial.get("ranks"):
+        ranks = list(trial["ranks"].values())
+        table.caption = f"ranks left: {sum(ranks)} over {len(ranks)} sites, {min(ranks)} to {max(ranks)} each"
+        table.caption_justify = "left"
+    return table
+
+
+def _score_table(trials: list[dict[str, Any]], majority: float | None) -> Table:
+    rows = next(t["test"]["rows"] for t in trials if t["test"])
+    table = Table(title=f"test, {rows} rows", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("trial")
+    for name in ("accuracy", "95 % interval", "ROC AUC", "95 % interval", "loss"):
+        table.add_column(name, justify="right")
+    for trial in trials:
+        test = trial["test"]
+        if test is None:
+            table.add_row(trial["name"], trial["finished"] or "–", "", "", "", "")
+            continue
+        table.add_row(
+            trial["name"], number(test["accuracy"]), _interval(test["accuracy_interval"]), number(test["roc_auc"]), _interval(test["roc_auc_interval"]), number(test["loss"])
+        )
+    if majority is not None:
+        table.add_section()
+        table.add_row("commonest class", number(majority), "", "0.500", "", "")
+    return table
+
+
+def _interval(interval: list[float] | None) -> str:
+    return "–" if interval is None else f"{interval[0]:.3f} – {interval[1]:.3f}"
+
+
+def print_scores(scores: dict[str, Any]) -> None:
+    console = _console()
+    console.print(Text(f"{scores['rows']} rows"))
+    console.print(Text(f"accuracy  {number(scores['accuracy'])}   95 % {_interval(scores['accuracy_interval'])}"))
+    console.print(Text(f"ROC AUC   {number(scores['roc_auc'])}   95 % {_interval(scores['roc_auc_interval'])}"))
+    console.print(Text(f"loss      {number(scores['loss'])}"))
+
+
+def print_continuations(pairs: list[dict[str, str]]) -> None:
+    console = _console()
+    for pair in pairs:
+        line = Text(pair["prompt"], style="bold")
+        line.append(pair["continuation"], style="not bold")
+        console.print(line, soft_wrap=True)
+
+
+def print_models(listing: list[dict[str, Any]]) -> None:
+    console = _console()
+    for model in listing:
+        console.print(Text(model["name"], style="bold"))
+        for key, value in model.items():
+            if key != "name" and value not in (None, ""):
+                console.print(Text(f"  {key:<12} {_plain(value)}"), soft_wrap=True)
+
+
+def print_doctor(report: dict[str, Any]) -> None:
+    console = _console()
+    for section, values in report.items():
+        console.print(Text(section, style="bold"))
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            console.print(Text(f"  {key!s:<16} {_plain(value)}" if isinstance(values, dict) else f"  {_plain(value)}"), soft_wrap=True)
+        if not values:
+            console.print(Text("  none"))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(inner) for inner in value)
+    return str(value)

@@ -1,0 +1,102 @@
+"""What a person sees of a running study: a live table on a terminal, a line per epoch elsewhere. All of it on stderr."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from katei.engine.lockstep import Lockstep, TrialState
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+class TerminalWatcher:
+    """Shows a study on `console`. The lockstep's losses are read at most four times a second."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.live: Live | None = None
+        self.began = 0.0
+        self.rows_before = 0
+        self.drawn = 0.0
+        self.loss: dict[str, tuple[int, float]] = {}
+
+    def say(self, text: str) -> None:
+        style = "yellow" if text.startswith("warning") else "dim"
+        self.console.print(Text(text, style=style))
+
+    def begin(self, lockstep: Lockstep) -> None:
+        self.began, self.rows_before, self.drawn = time.monotonic(), lockstep.trained_rows, 0.0
+        trials = len(lockstep.states)
+        self.say(f"training {trials} trial{'s' * (trials > 1)} in lockstep, {len(lockstep.train)} rows, on {lockstep.base.device}")
+        if self.console.is_terminal:
+            self.live = Live(self._table(lockstep), console=self.console, auto_refresh=False, transient=True)
+            self.live.start()
+
+    def tick(self, lockstep: Lockstep, ended: list[TrialState]) -> None:
+        if self.live is not None:
+            if ended or time.monotonic() - self.drawn > 0.25:
+                self.drawn = time.monotonic()
+                self.live.update(self._table(lockstep), refresh=True)
+            return
+        for state in ended:
+            epoch = state.epochs[-1]
+            self.console.print(
+                Text(
+                    f"epoch {epoch.epoch}/{state.trial.training.epochs}  {state.trial.name:<16} train loss {number(epoch.train_loss)}"
+                    f"  valid loss {number(epoch.valid_loss)}  ROC AUC {number(epoch.valid_roc_auc)}  accuracy {number(epoch.valid_accuracy)}"
+                )
+            )
+        if ended:
+            self.console.print(Text(self._pace(lockstep), style="dim"))
+
+    def end(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def _pace(self, lockstep: Lockstep) -> str:
+        spent = time.monotonic() - self.began
+        rows = lockstep.trained_rows - self.rows_before
+        left = sum((s.trial.total_steps - s.step) * len(s.trial.rows) / s.trial.steps_per_epoch for s in lockstep.states if s.finished is None)
+        rate = rows / spent if spent else 0.0
+        ahead = f", at most {duration(left / rate)} left" if rate and left else ""
+        return f"{rows} rows in {duration(spent)}, {rate:.1f} rows/s{ahead}"
+
+    def _table(self, lockstep: Lockstep) -> Group:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("trial", "epoch", "train loss", "valid loss", "ROC AUC", "accuracy"):
+            table.add_column(name, justify="left" if name == "trial" else "right")
+        shown = lockstep.states[: max(4, self.console.height - 6)]
+        for state in shown:
+            trial = state.trial
+            last = state.epochs[-1] if state.epochs else None
+            within = state.step - len(state.epochs) * trial.steps_per_epoch
+            trained = within * trial.training.batch_size * trial.training.accumulation
+            running = float(state.nats) / trained if trained else (last.train_loss if last else None)
+            done = state.step / trial.steps_per_epoch
+            table.add_row(
+                trial.name,
+                state.finished or f"{done:.1f}/{trial.training.epochs}",
+                number(running),
+                number(last.valid_loss if last else None),
+                number(last.valid_roc_auc if last else None),
+                number(last.valid_accuracy if last else None),
+            )
+        more = len(lockstep.states) - len(shown)
+        tail = f"… and {more} more trials   " if more else ""
+        return Group(table, Text(tail + self._pace(lockstep), style="dim"))

@@ -1,0 +1,105 @@
+"""From what a user names (a run folder, one of its trials, or an adapter's own folder) to an adapter on its base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from katei.base.load import load_base
+from katei.base.packed import Base
+from katei.core.errors import AdapterError, RunError, nearest
+from katei.data import load_dataset, read_table
+from katei.methods.contract import HEAD, Stack
+from katei.methods.full import Full
+from katei.methods.head_only import HeadOnlyStack
+from katei.methods.saved import AdapterNote, SavedAdapter, read_adapter, read_json
+from katei.study.recipe import load_recipe
+
+
+def adapter_folder(run: Path, trial: str | None = None) -> Path:
+    """The folder of the adapter meant by `run` and `trial`. Raises RunError that lists the trials."""
+    if not run.exists():
+        raise RunError("no such run or adapter folder", file=run, hint="`katei train` or `katei compare` makes one")
+    if (run / "katei.json").exists() or (run / "adapter_config.json").exists():
+        return run
+    trials = run / "trials"
+    if not trials.is_dir():
+        raise RunError("is neither a finished run nor an adapter folder", file=run, hint="a folder with trials/ or adapter_config.json in it")
+    names = sorted(path.name for path in trials.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if trial is not None:
+        if trial not in names:
+            raise RunError(f"has no trial named '{trial}'", file=run, hint=nearest(trial, names))
+        return trials / trial
+    if len(names) != 1:
+        raise RunError(f"has {len(names)} trials", file=run, hint=f"--trial one of: {', '.join(names)}")
+    return trials / names[0]
+
+
+def read_note(folder: Path) -> AdapterNote:
+    """What is known of an adapter without loading any tensor's base."""
+    if _is_full(folder):
+        return _full_note(folder)
+    return read_adapter(folder).note
+
+
+def rows_to_compare(run: Path, data: str | Path | None, note: AdapterNote, most: int = 64) -> list[str]:
+    """Texts to compare a merged model on: those of `data`, else the run's own test (or valid, or train) rows."""
+    if data is None:
+        recipe_file = next((folder / "recipe.toml" for folder in (run, run.parent.parent) if (folder / "recipe.toml").exists()), None)
+        if recipe_file is None:
+            raise AdapterError("a merge is checked on real rows, and this adapter's run is not beside it", file=run, hint="--data a file with texts")
+        recipe = load_recipe(recipe_file, {})
+        dataset = load_dataset(recipe.data, text=recipe.text, label=recipe.label)
+        return list((dataset.test or dataset.valid or dataset.train).texts[:most])
+    table = read_table(data)
+    if note.text_column not in table.columns:
+        raise AdapterError(f"no column named '{note.text_column}'", file=data, hint=f"columns: {', '.join(table.columns)}")
+    return [text for text in table.column(note.text_column) if text.strip()][:most]
+
+
+def open_adapter(
+    folder: Path, *, model: str | None = None, precision: str = "fp32", device: str = "auto", say: Callable[[str], None]
+) -> tuple[Base, Stack, AdapterNote]:
+    """Load an adapter and its base (the one it names, or `model`)."""
+    if _is_full(folder):
+        return _open_full(folder, precision, device, say)
+    saved = read_adapter(folder)
+    base = open_base_of(saved, model=model, precision=precision, device=device, say=say)
+    return base, saved.stack(base), saved.note
+
+
+def open_base_of(saved: SavedAdapter, *, model: str | None, precision: str, device: str, say: Callable[[str], None]) -> Base:
+    name = model or saved.note.base
+    if not name:
+        raise AdapterError("does not say which base it belongs to", file=saved.folder, hint="--model the base it was trained on")
+    loaded = load_base(name, precision=precision, device=device, say=say)
+    return Base(loaded.model, loaded.tokenizer, name=name, fingerprint=loaded.fingerprint)
+
+
+def _is_full(folder: Path) -> bool:
+    file = folder / "katei.json"
+    return file.exists() and read_json(file).get("method") == Full.name
+
+
+def _full_note(folder: Path) -> AdapterNote:
+    value = read_json(folder / "katei.json")
+    return AdapterNote(**{**value, "labels": tuple(value["labels"])})
+
+
+def _open_full(folder: Path, precision: str, device: str, say: Callable[[str], None]) -> tuple[Base, Stack, AdapterNote]:
+    """A fully fine-tuned model is its own base; its head alone is left to read."""
+    from safetensors import safe_open
+
+    note = _full_note(folder)
+    loaded = load_base(str(folder), precision=precision, device=device, say=say)
+    base = Base(loaded.model, loaded.tokenizer, name=str(folder), fingerprint=loaded.fingerprint)
+    stack = HeadOnlyStack(base, len(note.labels), [0])
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            if "score.weight" in tensors.keys():  # noqa: SIM118 (not a dict)
+                with torch.no_grad():
+                    stack.tensors[HEAD][0].copy_(tensors.get_tensor("score.weight"))
+                return base, stack, note
+    raise AdapterError("no score head among its weights", file=folder)

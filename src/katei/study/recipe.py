@@ -1,0 +1,143 @@
+"""The recipe of a study: one TOML file, or the same as flags, resolved to the last setting.
+
+    model = "gemma3-270m"            data = "poems"            methods = ["lora", "ia3"]      seeds = [0, 1]
+    [training]                       for every method: epochs, batch_size, weight_decay, …
+    [lora]                           for one method: its own settings, and training settings that differ
+
+What is not given comes from the defaults of `Recipe`, `Training` and the method, in that order of distance.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from katei.core.errors import RecipeError, nearest
+from katei.core.settings import build
+from katei.engine.optimizer import Training
+from katei.methods import BOOK, METHODS, build_method, method_class
+from katei.methods.contract import Method
+
+TRAINING_KEYS = tuple(f.name for f in fields(Training))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a study is. `training` and `settings` hold what was given; `trials()` resolves them."""
+
+    model: str
+    data: str
+    text: str | None = None
+    label: str | None = None
+    methods: tuple[str, ...] = BOOK
+    seeds: tuple[int, ...] = (0,)
+    max_length: int = 200
+    """Tokens a text may have; longer ones are cut, with a warning."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: str = "auto"
+    token_budget: int = 2048
+    """Tokens in one pass: bounds memory, never changes a result."""
+    training: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise RecipeError("methods is empty", hint=f"methods = {list(BOOK)}")
+        for name in self.methods:
+            method_class(name)
+        for what, values in (("methods", self.methods), ("seeds", self.seeds)):
+            if len(set(values)) != len(values):
+                raise RecipeError(f"{what} lists one of its entries twice: {list(values)}")
+        if not self.seeds or any(not 0 <= seed < 2**32 for seed in self.seeds):
+            raise RecipeError(f"seeds is {list(self.seeds)}, but it lists whole numbers of 0 or more", hint="seeds = [0, 1, 2]")
+        if self.max_length < 1:
+            raise RecipeError(f"max_length is {self.max_length}, but it counts tokens", hint="max_length = 200")
+        if self.token_budget < 1:
+            raise RecipeError(f"token_budget is {self.token_budget}, but it counts tokens", hint="token_budget = 2048")
+
+    def resolved(self, name: str) -> tuple[Method, Training]:
+        """Method `name` and its training with every default filled in."""
+        given = self.settings.get(name, {})
+        own = {key: value for key, value in given.items() if key not in TRAINING_KEYS}
+        unknown = [key for key in own if key not in {f.name for f in fields(method_class(name))}]  # type: ignore[arg-type]
+        if unknown:
+            known = [f.name for f in fields(method_class(name))] + list(TRAINING_KEYS)  # type: ignore[arg-type]
+            raise RecipeError(f"[{name}]: unknown key '{unknown[0]}'", hint=nearest(unknown[0], known))
+        method = build_method(name, own, where=f"[{name}]")
+        differing = {key: value for key, value in given.items() if key in TRAINING_KEYS}
+        merged = {"learning_rate": method.learning_rate} | self.training | differing
+        training = build(Training, merged, where=f"[{name}]" if differing else "[training]")
+        return method, training
+
+    def check(self) -> None:
+        """Resolve everything once, so that a mistake is found before any model is loaded."""
+        for name in self.settings:
+            method_class(name)
+        for name in self.methods:
+            self.resolved(name)
+
+    def to_toml(self) -> str:
+        """The resolved recipe, every default written out; reading it gives the same study."""
+        import tomli_w
+
+        top = {key: value for key, value in asdict(self).items() if key not in ("training", "settings") and value is not None}
+        top |= {"methods": list(self.methods), "seeds": list(self.seeds)}
+        tables = {}
+        for name in self.methods:
+            method, training = self.resolved(name)
+            values = {**asdict(method), **asdict(training)}  # type: ignore[call-overload]
+            tables[name] = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
+        return str(tomli_w.dumps({**top, **tables}))
+
+
+def load_recipe(path: str | Path | None, overrides: Mapping[str, Any], *, method_overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe file (or none) and lay the flags over it.
+
+    `overrides` are top-level and training keys, None where a flag was not given; `method_overrides` go to the one method
+    of the recipe. Raises RecipeError.
+    """
+    table: dict[str, Any] = {}
+    where = "the flags"
+    if path is not None:
+        where = str(path)
+        try:
+            table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"the recipe cannot be read: {error.strerror}", file=path, hint="recipes/book.toml is one to begin with") from None
+        except UnicodeDecodeError:
+            raise RecipeError("the recipe is not UTF-8 text", file=path) from None
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"the recipe is not TOML: {error}", file=path) from None
+    training = table.pop("training", {})
+    settings = {name: table.pop(name) for name in list(table) if name in METHODS}
+    for name, value in (("training", training), *settings.items()):
+        if not isinstance(value, dict):
+            raise RecipeError(f"{where}: {name} is {value!r}, but it is a table", hint=f"[{name}]")
+    for key in training:
+        if key not in TRAINING_KEYS:
+            raise RecipeError(f"{where}: [training]: unknown key '{key}'", hint=nearest(key, TRAINING_KEYS))
+    known = [f.name for f in fields(Recipe) if f.name not in ("training", "settings")]
+    for key in table:
+        if key not in known:
+            raise RecipeError(f"{where}: unknown key '{key}'", hint=nearest(key, [*known, "training", *METHODS]))
+    given = {key: value for key, value in overrides.items() if value is not None}
+    training |= {key: value for key, value in given.items() if key in TRAINING_KEYS}
+    for values in settings.values():  # a flag is the last word, also over one method's table
+        values.update({key: value for key, value in given.items() if key in TRAINING_KEYS and key in values})
+    top = table | {key: value for key, value in given.items() if key not in TRAINING_KEYS}
+    for name in ("model", "data"):
+        if name not in top:
+            raise RecipeError(f"no {name} given", hint=f"--{name} on the command line, or {name} = … in the recipe")
+    if "methods" in top and list(top["methods"]) == ["all"]:
+        top["methods"] = list(BOOK)
+    if method_overrides:
+        methods = top.get("methods", BOOK)
+        if len(methods) != 1:
+            raise RecipeError("settings of one method were given, but the recipe has several", hint="put them into the method's table of a recipe file")
+        settings.setdefault(methods[0], {}).update(method_overrides)
+    recipe = build(Recipe, {**top, "training": training, "settings": settings}, where=where)
+    recipe.check()
+    return recipe

@@ -1,0 +1,472 @@
+"""A study from recipe to run folder.
+
+    recipe → data, checked → tokens → base → lockstep (and, for full fine-tuning, one run each) → test scores → RUN
+
+    RUN/recipe.toml            every setting, resolved          RUN/results.json         every trial, epoch and score
+    RUN/environment.json       machine, versions, seconds       RUN/predictions.parquet  every scored row of every trial
+    RUN/trials/NAME/           the adapter, peft's format       RUN/state-*.safetensors  while it is running
+
+What a result *is* goes into results.json, how long it took into environment.json: so a run that was killed and went on ends
+with the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from filelock import AcquireReturnProxy, FileLock, Timeout
+from numpy.typing import NDArray
+
+from katei import __version__
+from katei.base.load import load_base, load_tokenizer, resolve_base
+from katei.base.packed import Base
+from katei.core import metrics
+from katei.core.errors import RunError
+from katei.core.files import folder_atomic, write_atomic, write_json, write_text
+from katei.data import Dataset, Split, cut_warnings, load_dataset
+from katei.engine.checkpoint import load_state, save_state
+from katei.engine.lockstep import Lockstep, Tokens, Trial, TrialState, score_rows
+from katei.methods.adalora import AdaLoRAStack
+from katei.methods.full import Full
+from katei.methods.saved import AdapterNote, load_into_, read_adapter, save_adapter
+from katei.study.recipe import Recipe, load_recipe
+
+SAVE_SECONDS = 60.0
+"""How much work a kill can cost, at most."""
+
+
+class Watcher(Protocol):
+    """Sees a study go by; the terminal's progress is one."""
+
+    def say(self, text: str) -> None: ...
+    def begin(self, lockstep: Lockstep) -> None: ...
+    def tick(self, lockstep: Lockstep, ended: list[TrialState]) -> None: ...
+    def end(self) -> None: ...
+
+
+class Quiet:
+    """Watches without a word."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def begin(self, lockstep: Lockstep) -> None:
+        pass
+
+    def tick(self, lockstep: Lockstep, ended: list[TrialState]) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class TestScores:
+    """Scores on one set of rows, with 95 % intervals (Wilson; bootstrap within classes)."""
+
+    rows: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    roc_auc: float | None
+    roc_auc_interval: tuple[float, float] | None
+    loss: float
+
+
+@dataclass
+class Study:
+    """A finished study, as the commands print it and the API returns it."""
+
+    run: Path
+    results: dict[str, Any]
+    environment: dict[str, Any]
+    warnings: tuple[str, ...] = field(default=())
+
+    def as_json(self) -> dict[str, Any]:
+        return {"run": str(self.run), **self.results, "seconds": self.environment["seconds"], "memory": self.environment["memory"]}
+
+
+def run_study(
+    recipe: Recipe,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
+    save_seconds: float = SAVE_SECONDS,
+) -> Study:
+    """Train every trial of the recipe and write the run folder; goes on where an earlier call was killed.
+
+    Raises UserError for bad data, recipe or base, before anything is trained; RunError where `out` holds another run.
+    """
+    watcher = watcher or Quiet()
+    started = time.perf_counter()
+    dataset = load_dataset(recipe.data, text=recipe.text, label=recipe.label)
+    path = resolve_base(recipe.model, say=watcher.say)
+    identity = sha256((recipe.to_toml() + dataset.sha256).encode()).hexdigest()
+    _check_claim(out, recipe, identity, overwrite)
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        if overwrite:
+            _clear(out)
+        if (out / "results.json").exists():
+            watcher.say(f"{out} is finished; these are its results (--overwrite trains again)")
+            return load_study(out)
+        tokenizer = load_tokenizer(str(path))
+        tokens = {name: encode(tokenizer, split, recipe.max_length) for name, split in _splits(dataset).items()}
+        warnings = [*dataset.warnings, *_cuts(tokenizer, dataset, recipe.max_length)]
+        for warning in warnings:
+            watcher.say(f"warning: {warning}")
+        write_text(out / "identity", identity + "\n")
+        write_text(out / "recipe.toml", recipe.to_toml())
+        groups = _groups(recipe, len(dataset.train.texts))
+        finished: list[_Finished] = []
+        seconds = {"load": time.perf_counter() - started, "train": 0.0, "evaluate": 0.0}
+        base: Base | None = None
+        for group in groups:
+            own = isinstance(group[0].method, Full)
+            loading = time.perf_counter()
+            if base is None or own:
+                base = open_base(recipe.model, recipe.precision, recipe.device, watcher.say)
+            seconds["load"] += time.perf_counter() - loading
+            finished += _train_group(group, base, recipe, dataset, tokens, out, identity, watcher, seconds, save_seconds)
+            if own:
+                base = None  # its weights are trained: nobody else's base any more
+        results = _results(finished, dataset)
+        _write_predictions(out / "predictions.parquet", finished, dataset)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        seconds["total"] = time.perf_counter() - started
+        environment = _environment(recipe, seconds, peak, warnings)
+        write_json(out / "environment.json", environment)
+        write_json(out / "results.json", results)  # last: its presence says that the run is whole
+        for state in out.glob("state-*.safetensors"):
+            state.unlink()
+    return Study(out, results, environment, tuple(warnings))
+
+
+def load_study(run: Path) -> Study:
+    """A finished run folder. Raises RunError for anything else."""
+    if not run.is_dir():
+        raise RunError("no such run folder", file=run, hint="`katei train` or `katei compare` makes one")
+    if not (run / "results.json").exists():
+        if (run / "recipe.toml").exists():
+            raise RunError("this run has not finished", file=run, hint="the command that began it, typed again, goes on where it stopped")
+        raise RunError("is not a run folder: no results.json", file=run, hint="`katei train` or `katei compare` makes one")
+    try:
+        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+        environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunError(f"its results cannot be read: {error}", file=run) from None
+    return Study(run, results, environment, tuple(environment.get("warnings", ())))
+
+
+def open_base(name: str, precision: str, device: str, say: Callable[[str], None]) -> Base:
+    loaded = load_base(name, precision=precision, device=device, say=say)
+    return Base(loaded.model, loaded.tokenizer, name=name, fingerprint=loaded.fingerprint)
+
+
+def encode(tokenizer: Any, split: Split, max_length: int) -> Tokens:
+    """Token ids of every text, cut to `max_length`."""
+    ids = tokenizer(list(split.texts), truncation=True, max_length=max_length)["input_ids"]
+    return Tokens(tuple(tuple(row) for row in ids), split.labels)
+
+
+# -------------------------------------------------------------------- the run folder's owner
+
+
+def _check_claim(out: Path, recipe: Recipe, identity: str, overwrite: bool) -> None:
+    """Raise RunError, naming what differs, if `out` is not free for this study. Writes nothing."""
+    if out.exists() and not out.is_dir():
+        raise RunError("is a file, and a run needs a folder", file=out, hint="--out another path")
+    if not out.is_dir() or not any(p for p in out.iterdir() if not p.name.startswith(".")):
+        return
+    if not (out / "identity").exists():
+        raise RunError("is a folder with other things in it", file=out, hint="--out a new or empty folder")
+    if not overwrite and (out / "identity").read_text(encoding="utf-8").strip() != identity:
+        difference = _difference(out / "recipe.toml", recipe) if (out / "recipe.toml").exists() else ""
+        raise RunError(
+            f"holds another run ({difference or 'the data have changed'})",
+            file=out,
+            hint="--out another folder keeps it, --overwrite replaces it",
+        )
+
+
+def _clear(out: Path) -> None:
+    for name in ("results.json", "environment.json", "predictions.parquet", "recipe.toml", "identity"):
+        (out / name).unlink(missing_ok=True)
+    for state in out.glob("state-*.safetensors"):
+        state.unlink()
+    shutil.rmtree(out / "trials", ignore_errors=True)
+
+
+def _difference(old: Path, recipe: Recipe) -> str:
+    import tomllib
+
+    before, now = tomllib.loads(old.read_text(encoding="utf-8")), tomllib.loads(recipe.to_toml())
+    flat = [{f"{k}.{kk}" if isinstance(v, dict) else k: vv for k, v in t.items() for kk, vv in (v.items() if isinstance(v, dict) else [("", v)])} for t in (before, now)]
+    keys = [k for k in sorted(set(flat[0]) | set(flat[1])) if flat[0].get(k) != flat[1].get(k)]
+    return "; ".join(f"{k}: {flat[0].get(k)} there, {flat[1].get(k)} now" for k in keys[:3])
+
+
+def _locked(out: Path) -> AcquireReturnProxy:
+    try:
+        return FileLock(out / ".lock", timeout=0).acquire()
+    except Timeout:
+        raise RunError("another katei is training into this folder", file=out, hint="wait for it, or --out another folder") from None
+
+
+# -------------------------------------------------------------------- training
+
+
+@dataclass
+class _Finished:
+    """One trial's outcome, and all its scored rows by split."""
+
+    state: TrialState
+    trainable: int
+    total: int
+    probabilities: dict[str, NDArray[np.float64]]
+    ranks: dict[str, int] | None
+
+
+def _splits(dataset: Dataset) -> dict[str, Split]:
+    named = {"train": dataset.train, "valid": dataset.valid, "test": dataset.test}
+    return {name: split for name, split in named.items() if split is not None}
+
+
+def _cuts(tokenizer: Any, dataset: Dataset, max_length: int) -> list[str]:
+    lengths = {name: [len(row) for row in tokenizer(list(split.texts))["input_ids"]] for name, split in _splits(dataset).items()}
+    return list(cut_warnings(lengths, max_length))
+
+
+def _groups(recipe: Recipe, rows: int) -> list[list[Trial]]:
+    """Trials that train together: all over the shared base, then each full fine-tuning by itself."""
+    shared: list[Trial] = []
+    alone: list[list[Trial]] = []
+    for name in recipe.methods:
+        method, training = recipe.resolved(name)
+        for seed in recipe.seeds:
+            label = name if len(recipe.seeds) == 1 else f"{name}-seed{seed}"
+            trial = Trial(label, method, seed, training, tuple(range(rows)))
+            if isinstance(method, Full):
+                alone.append([trial])
+            else:
+                shared.append(trial)
+    return ([shared] if shared else []) + alone
+
+
+def _train_group(
+    group: list[Trial],
+    base: Base,
+    recipe: Recipe,
+    dataset: Dataset,
+    tokens: dict[str, Tokens],
+    out: Path,
+    identity: str,
+    watcher: Watcher,
+    seconds: dict[str, float],
+    save_seconds: float,
+) -> list[_Finished]:
+    lockstep = Lockstep(base, group, len(dataset.label_names), tokens["train"], tokens.get("valid"), token_budget=recipe.token_budget)
+    state_file = out / f"state-{group[0].name}.safetensors"
+    fingerprint = f"{identity}/{base.fingerprint}"
+    if state_file.exists():
+        load_state(state_file, lockstep, fingerprint)
+        watcher.say(f"going on from step {max(s.step for s in lockstep.states)} of {max(s.trial.total_steps for s in lockstep.states)}")
+    saved_at = time.monotonic()
+
+    def watch(engine: Lockstep, ended: list[TrialState]) -> None:
+        nonlocal saved_at
+        watcher.tick(engine, ended)
+        if time.monotonic() - saved_at >= save_seconds:
+            save_state(state_file, engine, fingerprint)
+            saved_at = time.monotonic()
+
+    watcher.begin(lockstep)
+    try:
+        lockstep.run(watch)
+    finally:
+        watcher.end()
+    save_state(state_file, lockstep, fingerprint)  # the scoring below may be killed too
+
+    evaluating = time.perf_counter()
+    # `total` is what peft prints: backbone, adapter and head
+    own_base = sum(p.numel() for p in base.model.parameters() if not p.requires_grad)
+    scored = {name: split for name, split in tokens.items() if name in ("valid", "test")}
+    probabilities = {name: lockstep.probabilities([(state, split) for state in lockstep.states]) for name, split in scored.items()}
+    finished = []
+    for i, state in enumerate(lockstep.states):
+        stack = lockstep.stacks[state.stack]
+        ranks = stack.ranks(state.n) if isinstance(stack, AdaLoRAStack) else None
+        finished.append(
+            _Finished(state, stack.trainable, own_base + stack.trainable, {k: v[i] for k, v in probabilities.items()}, ranks)
+        )
+    _save_trials(lockstep, finished, base, recipe, dataset, tokens, out)
+    lockstep.seconds["evaluate"] += time.perf_counter() - evaluating
+    for name, value in lockstep.seconds.items():
+        seconds[name] += value
+    return finished
+
+
+def _save_trials(
+    lockstep: Lockstep, finished: list[_Finished], base: Base, recipe: Recipe, dataset: Dataset, tokens: dict[str, Tokens], out: Path
+) -> None:
+    """Write each adapter, read it back from the disk, and check that it scores rows to the same bits."""
+    from katei.ship.models import save_full
+
+    for done in finished:
+        state, trial = done.state, done.state.trial
+        note = AdapterNote(
+            name=trial.name,
+            method=trial.method.name,
+            settings=asdict(trial.method),  # type: ignore[call-overload]
+            labels=dataset.label_names,
+            base=recipe.model,
+            fingerprint=base.fingerprint,
+            max_length=recipe.max_length,
+            text_column=dataset.text_column,
+            training={**asdict(trial.training), "seed": trial.seed, "rows": len(trial.rows), "epochs_run": len(state.epochs)},
+        )
+        with folder_atomic(out / "trials" / trial.name) as folder:
+            stack = lockstep.stacks[state.stack]
+            if isinstance(trial.method, Full):
+                save_full(folder, base, stack, note)
+                continue
+            save_adapter(folder, stack, state.n, trial.method, note, str(base.model.config._name_or_path or recipe.model))
+            saved = read_adapter(folder)
+            check = tokens.get("test", tokens["train"]).ids[:4]
+            mine = [(state.stack, state.n, ids) for ids in check]
+            before = score_rows(base, lockstep.stacks, mine, token_budget=recipe.token_budget)
+            if trial.method.saved_as() == trial.method:
+                load_into_(stack, state.n, saved)
+                after = score_rows(base, lockstep.stacks, mine, token_budget=recipe.token_budget)
+            else:  # read as another method: its own stack, of the same number of adapters
+                other = [trial.method.saved_as().build(base, stack.classes, [0] * stack.adapters, []) if s == state.stack else k for s, k in enumerate(lockstep.stacks)]
+                load_into_(other[state.stack], state.n, saved)
+                after = score_rows(base, other, mine, token_budget=recipe.token_budget)
+            if before.tobytes() != after.tobytes() and state.finished != "diverged":
+                raise AssertionError(f"{trial.name}: the saved adapter scores rows differently by {np.abs(before - after).max():.2e}")
+
+
+# -------------------------------------------------------------------- results
+
+
+def test_scores(probability_EC: NDArray[np.float64], labels: tuple[int, ...]) -> TestScores:
+    """Scores with intervals of one set of rows."""
+    correct = int((probability_EC.argmax(1) == np.asarray(labels)).sum())
+    return TestScores(
+        rows=len(labels),
+        accuracy=correct / len(labels),
+        accuracy_interval=metrics.wilson_interval(correct, len(labels)),
+        roc_auc=metrics.roc_auc(probability_EC, labels),
+        roc_auc_interval=metrics.roc_auc_interval(probability_EC, labels),
+        loss=metrics.cross_entropy(probability_EC, labels),
+    )
+
+
+def _results(finished: list[_Finished], dataset: Dataset) -> dict[str, Any]:
+    trials = []
+    for done in finished:
+        trial, state = done.state.trial, done.state
+        test = None
+        if dataset.test is not None and np.isfinite(done.probabilities["test"]).all():
+            test = asdict(test_scores(done.probabilities["test"], dataset.test.labels))
+        trials.append(
+            {
+                "name": trial.name,
+                "method": trial.method.name,
+                "seed": trial.seed,
+                "fold": None,
+                "trainable": done.trainable,
+                "total": done.total,
+                "finished": state.finished,
+                "best_epoch": state.best_epoch,
+                "ranks": done.ranks,
+                "epochs": [asdict(epoch) for epoch in state.epochs],
+                "test": test,
+            }
+        )
+    labels = list(dataset.label_names)
+    majority = None
+    if dataset.test is not None:
+        counts = np.bincount(dataset.train.labels, minlength=len(labels))
+        majority = float((np.asarray(dataset.test.labels) == counts.argmax()).mean())
+    return {"labels": labels, "majority_accuracy": majority, "trials": trials, "verdict": verdict(trials, majority)}
+
+
+def verdict(trials: list[dict[str, Any]], majority: float | None) -> str:
+    """What may be said of these scores, and no more."""
+    diverged = [t["name"] for t in trials if t["finished"] == "diverged"]
+    said = [f"{', '.join(diverged)} diverged: try a smaller learning rate."] if diverged else []
+    scored = [t for t in trials if t["test"]]
+    if majority is None or not scored:
+        return " ".join([*said, "No test rows, so nothing can be said about accuracy."])
+    above = [t for t in scored if t["test"]["accuracy_interval"][0] > majority]
+    rows = scored[0]["test"]["rows"]
+    said.append(
+        f"{len(above)} of {len(scored)} trials beat always answering the commonest class ({majority:.3f}) by more than their 95 % interval on {rows} test rows."
+    )
+    below = [t["name"] for t in scored if t not in above]
+    if below and above:
+        said.append(f"Not shown to beat it: {', '.join(below)}.")
+    if len(scored) > 1:
+        best = max(scored, key=lambda t: t["test"]["accuracy"])
+        overlapping = [t for t in scored if t is not best and t["test"]["accuracy_interval"][1] >= best["test"]["accuracy_interval"][0]]
+        if overlapping:
+            said.append(f"{len(overlapping)} of the other {len(scored) - 1} have intervals that overlap the best one's: this table does not rank them.")
+    return " ".join(said)
+
+
+def _write_predictions(path: Path, finished: list[_Finished], dataset: Dataset) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, list[Any]] = {name: [] for name in ("trial", "method", "seed", "split", "line", "label", "prediction")}
+    names = dataset.label_names
+    columns |= {f"probability_{name}": [] for name in names}
+    splits = _splits(dataset)
+    for done in finished:
+        for name, probability_EC in done.probabilities.items():
+            split = splits[name]
+            for line, label, p_C in zip(split.lines, split.labels, probability_EC, strict=True):
+                row = (done.state.trial.name, done.state.trial.method.name, done.state.trial.seed, name, line, names[label], names[int(p_C.argmax())])
+                for column, value in zip(columns, (*row, *p_C.tolist()), strict=True):
+                    columns[column].append(value)
+    table = pa.table(columns)
+    write_atomic(path, lambda temporary: pq.write_table(table, temporary))
+
+
+def _environment(recipe: Recipe, seconds: dict[str, float], peak: int, warnings: list[str]) -> dict[str, Any]:
+    import safetensors
+    import transformers
+
+    return {
+        "katei": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "machine": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "model": recipe.model,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "memory": {"planned_bytes": None, "peak_bytes": peak},
+        "warnings": warnings,
+    }
+
+
+def read_recipe(run: Path) -> Recipe:
+    """The resolved recipe of a run folder."""
+    return load_recipe(run / "recipe.toml", {})
