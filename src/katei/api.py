@@ -61,11 +61,17 @@ def compare(
     }
     resolved = load_recipe(_recipe_path(recipe), overrides, method_overrides=settings)
     return run_study(
-        resolved, Path(out), overwrite=overwrite, watcher=watcher, save_seconds=SAVE_SECONDS if save_seconds is None else save_seconds
+        resolved,
+        Path(out),
+        overwrite=overwrite,
+        watcher=watcher,
+        save_seconds=SAVE_SECONDS if save_seconds is None else save_seconds,
     )
 
 
-def train(data: PathLike | None = None, *, out: PathLike, method: str | None = None, seed: int | None = None, **rest: Any) -> Study:
+def train(
+    data: PathLike | None = None, *, out: PathLike, method: str | None = None, seed: int | None = None, **rest: Any
+) -> Study:
     """Train one trial: `compare` with one method and one seed."""
     methods = None if method is None else [method]
     if methods is None and rest.get("recipe") is None:
@@ -73,7 +79,14 @@ def train(data: PathLike | None = None, *, out: PathLike, method: str | None = N
     return compare(data, out=out, methods=methods, seeds=None if seed is None else [seed], **rest)
 
 
-def demo(*, out: PathLike = "runs/demo", model: str | None = None, watcher: Watcher | None = None, overwrite: bool = False, **flags: Any) -> Study:
+def demo(
+    *,
+    out: PathLike = "runs/demo",
+    model: str | None = None,
+    watcher: Watcher | None = None,
+    overwrite: bool = False,
+    **flags: Any,
+) -> Study:
     """The main job on embedded things: six methods on the bundled poems."""
     return compare(out=out, model=model, recipe="demo", watcher=watcher, overwrite=overwrite, **flags)
 
@@ -120,14 +133,14 @@ def predict(
     import time
 
     from katei.ship.adapters import adapter_folder, open_adapter, read_note
-    from katei.ship.predict import check_input, default_out, predict_file
+    from katei.ship.predict import check_input, default_out, predict_table
 
     started = time.perf_counter()
     folder = adapter_folder(Path(run), trial)
     target = Path(out) if out is not None else default_out(Path(file))
-    check_input(Path(file), target, read_note(folder), text)
+    table = check_input(Path(file), target, read_note(folder), text)
     base, stack, note = open_adapter(folder, model=model, precision=precision, device=device, say=say)
-    rows = predict_file(base, stack, note, Path(file), target, text=text)
+    rows = predict_table(base, stack, note, table, target)
     return {"rows": rows, "out": str(target), "seconds": round(time.perf_counter() - started, 3)}
 
 
@@ -162,7 +175,9 @@ def generate(
         raise RecipeError("neither a run nor a base given", hint='katei generate --model gemma3-270m "春の夜の"')
     loaded = load_causal_lm(name, precision=precision, device=device, say=say)
     base = Base(loaded.model.base_model, loaded.tokenizer, name=name, fingerprint=loaded.fingerprint)
-    return continue_(base, loaded.model.get_output_embeddings(), prompts, sampling, saved.stack(base) if saved else None)
+    return continue_(
+        base, loaded.model.get_output_embeddings(), prompts, sampling, saved.stack(base) if saved else None
+    )
 
 
 def merge(
@@ -191,7 +206,11 @@ def merge(
     rows = [base.tokenize(text, saved.note.max_length) for text in texts]
     agreement = merge_adapter(saved, base, Path(out), rows, say)
     change = {"labels": agreement.labels, "max_probability_change": agreement.max_probability_change}
-    return {"out": str(out), "format": "transformers", "agreement": {**change, "mean_probability_change": agreement.mean_probability_change, "rows": agreement.rows}}
+    return {
+        "out": str(out),
+        "format": "transformers",
+        "agreement": {**change, "mean_probability_change": agreement.mean_probability_change, "rows": agreement.rows},
+    }
 
 
 def export(run: PathLike, *, out: PathLike, format: str = "peft", trial: str | None = None) -> dict[str, Any]:

@@ -32,22 +32,34 @@ Model = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
 Precision = Annotated[str, typer.Option(help="Of the frozen base: fp32, bf16 or fp16. Adapters and heads are fp32.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 TrialName = Annotated[str | None, typer.Option("--trial", help="Which trial of a run with several.")]
-RecipeFile = Annotated[str | None, typer.Option("--recipe", help="A recipe, a TOML file, or a packaged one: book, demo. Flags win over it.")]
+RecipeFile = Annotated[
+    str | None,
+    typer.Option("--recipe", help="A recipe, a TOML file, or a packaged one: book, demo. Flags win over it."),
+]
 TextColumn = Annotated[str | None, typer.Option("--text", help="Column with the texts; not needed with two columns.")]
-LabelColumn = Annotated[str | None, typer.Option("--label", help="Column with the labels; not needed with two columns.")]
+LabelColumn = Annotated[
+    str | None, typer.Option("--label", help="Column with the labels; not needed with two columns.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in --out.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method: --set rank=1. Repeatable.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method: --set rank=1. Repeatable."),
+]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the training rows [10].")]
 Rate = Annotated[float | None, typer.Option("--lr", help="Learning rate [the method's own].")]
 BatchSize = Annotated[int | None, typer.Option(help="Rows per batch [1].")]
 Accumulation = Annotated[int | None, typer.Option(help="Batches per optimizer step [1].")]
 Decay = Annotated[float | None, typer.Option(help="AdamW's weight decay [0].")]
 Warmup = Annotated[float | None, typer.Option(help="Share of the steps in which the rate rises [0].")]
-Patience = Annotated[int | None, typer.Option(help="Stop after this many epochs without a better validation loss [0: never].")]
+Patience = Annotated[
+    int | None, typer.Option(help="Stop after this many epochs without a better validation loss [0: never].")
+]
 Keep = Annotated[str | None, typer.Option(help="Which epoch's adapter stays: last or best (validation loss) [last].")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens a text may have [200].")]
 TokenBudget = Annotated[int | None, typer.Option(help="Tokens in one pass: bounds memory, never the result [2048].")]
-TrainPrecision = Annotated[str | None, typer.Option("--precision", help="Of the frozen base: fp32, bf16 or fp16 [fp32].")]
+TrainPrecision = Annotated[
+    str | None, typer.Option("--precision", help="Of the frozen base: fp32, bf16 or fp16 [fp32].")
+]
 TrainDevice = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps [auto].")]
 SaveSeconds = Annotated[float, typer.Option(help="Save the state at most this often; a killed run goes on from there.")]
 
@@ -76,8 +88,8 @@ def demo(
     """Compare the six methods on the bundled poems: the main job on embedded things."""
     from katei import api
 
-    flags = {"model": model, "epochs": epochs, "device": device}
-    _print_study(api.demo(out=out, watcher=_watcher(), overwrite=overwrite, **flags), as_json)
+    study = api.demo(out=out, model=model, watcher=_watcher(), overwrite=overwrite, epochs=epochs, device=device)
+    _print_study(study, as_json)
 
 
 @app.command()
@@ -142,7 +154,9 @@ def train(
 @app.command()
 def compare(
     data: Annotated[str | None, typer.Argument(help=DATA_HELP)] = None,
-    method: Annotated[str | None, typer.Option(help=f"Comma-separated: {METHOD_HELP}; all means the book's six [all].")] = None,
+    method: Annotated[
+        str | None, typer.Option(help=f"Comma-separated: {METHOD_HELP}; all means the book's six [all].")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/compare"),
     model: Model = None,
     recipe: RecipeFile = None,
@@ -150,7 +164,9 @@ def compare(
     text: TextColumn = None,
     label: LabelColumn = None,
     epochs: Epochs = None,
-    learning_rate: Annotated[float | None, typer.Option("--lr", help="One learning rate for all [each method's own].")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--lr", help="One learning rate for all [each method's own].")
+    ] = None,
     batch_size: BatchSize = None,
     accumulation: Accumulation = None,
     weight_decay: Decay = None,
@@ -212,7 +228,9 @@ def evaluate(
     from katei import api
     from katei.printing import print_scores
 
-    scores = api.evaluate(run, data, trial=trial, text=text, label=label, model=model, precision=precision, device=device, say=_say)
+    scores = api.evaluate(
+        run, data, trial=trial, text=text, label=label, model=model, precision=precision, device=device, say=_say
+    )
     _finish(scores, as_json, lambda: print_scores(scores))
 
 
@@ -220,7 +238,9 @@ def evaluate(
 def predict(
     run: Annotated[Path, typer.Argument(help="A run folder, one of its trials, or an adapter peft saved.")],
     file: Annotated[Path, typer.Argument(help="Rows to classify: .tsv, .csv, .jsonl or .parquet.")],
-    out: Annotated[Path | None, typer.Option(help="Where the predictions go [FILE.predictions.EXT]; its ending is the format.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the predictions go [FILE.predictions.EXT]; its ending is the format.")
+    ] = None,
     trial: TrialName = None,
     text: TextColumn = None,
     model: Model = None,
@@ -231,13 +251,18 @@ def predict(
     """Classify rows: the input's columns, then prediction and one probability per class."""
     from katei import api
 
-    result = api.predict(run, file, out=out, trial=trial, text=text, model=model, precision=precision, device=device, say=_say)
+    result = api.predict(
+        run, file, out=out, trial=trial, text=text, model=model, precision=precision, device=device, say=_say
+    )
     _finish(result, as_json, lambda: print(f"{result['rows']} rows → {result['out']} in {result['seconds']:.1f} s"))
 
 
 @app.command()
 def generate(
-    prompts: Annotated[list[str], typer.Argument(help="One or more prompts; with --model alone, nothing else. A run folder may come first.")],
+    prompts: Annotated[
+        list[str],
+        typer.Argument(help="One or more prompts; with --model alone, nothing else. A run folder may come first."),
+    ],
     model: Model = None,
     trial: TrialName = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to add, at most.")] = 40,
@@ -412,7 +437,8 @@ def main() -> None:
         if debug:
             raise
         print(
-            f"katei: a mistake of katei's own: {type(error).__name__}: {error}\n  → the same command with --debug shows where; please report it",
+            f"katei: a mistake of katei's own: {type(error).__name__}: {error}\n"
+            "  → the same command with --debug shows where; please report it",
             file=sys.stderr,
         )
         sys.exit(1)

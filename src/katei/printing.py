@@ -40,7 +40,9 @@ def print_study(study: Study) -> None:
         )
     )
     first = trials[0]["name"]
-    console.print(Text(f"run folder  {study.run}\nnext        katei predict {study.run} FILE.tsv --trial {first}", style="dim"))
+    console.print(
+        Text(f"run folder  {study.run}\nnext        katei predict {study.run} FILE.tsv --trial {first}", style="dim")
+    )
 
 
 def _epoch_table(trial: dict[str, Any]) -> Table:
@@ -72,7 +74,12 @@ def _score_table(trials: list[dict[str, Any]], majority: float | None) -> Table:
             table.add_row(trial["name"], trial["finished"] or "–", "", "", "", "")
             continue
         table.add_row(
-            trial["name"], number(test["accuracy"]), _interval(test["accuracy_interval"]), number(test["roc_auc"]), _interval(test["roc_auc_interval"]), number(test["loss"])
+            trial["name"],
+            number(test["accuracy"]),
+            _interval(test["accuracy_interval"]),
+            number(test["roc_auc"]),
+            _interval(test["roc_auc_interval"]),
+            number(test["loss"]),
         )
     if majority is not None:
         table.add_section()
@@ -114,7 +121,10 @@ def print_doctor(report: dict[str, Any]) -> None:
     for section, values in report.items():
         console.print(Text(section, style="bold"))
         for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-            console.print(Text(f"  {key!s:<16} {_plain(value)}" if isinstance(values, dict) else f"  {_plain(value)}"), soft_wrap=True)
+            console.print(
+                Text(f"  {key!s:<16} {_plain(value)}" if isinstance(values, dict) else f"  {_plain(value)}"),
+                soft_wrap=True,
+            )
         if not values:
             console.print(Text("  none"))
 

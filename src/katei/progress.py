@@ -42,7 +42,9 @@ class TerminalWatcher:
     def begin(self, lockstep: Lockstep) -> None:
         self.began, self.rows_before, self.drawn = time.monotonic(), lockstep.trained_rows, 0.0
         trials = len(lockstep.states)
-        self.say(f"training {trials} trial{'s' * (trials > 1)} in lockstep, {len(lockstep.train)} rows, on {lockstep.base.device}")
+        self.say(
+            f"training {trials} trial{'s' * (trials > 1)} in lockstep, {len(lockstep.train)} rows, on {lockstep.base.device}"
+        )
         if self.console.is_terminal:
             self.live = Live(self._table(lockstep), console=self.console, auto_refresh=False, transient=True)
             self.live.start()
@@ -57,8 +59,9 @@ class TerminalWatcher:
             epoch = state.epochs[-1]
             self.console.print(
                 Text(
-                    f"epoch {epoch.epoch}/{state.trial.training.epochs}  {state.trial.name:<16} train loss {number(epoch.train_loss)}"
-                    f"  valid loss {number(epoch.valid_loss)}  ROC AUC {number(epoch.valid_roc_auc)}  accuracy {number(epoch.valid_accuracy)}"
+                    f"epoch {epoch.epoch}/{state.trial.training.epochs}  {state.trial.name:<16}"
+                    f" train loss {number(epoch.train_loss)}  valid loss {number(epoch.valid_loss)}"
+                    f"  ROC AUC {number(epoch.valid_roc_auc)}  accuracy {number(epoch.valid_accuracy)}"
                 )
             )
         if ended:
@@ -72,7 +75,11 @@ class TerminalWatcher:
     def _pace(self, lockstep: Lockstep) -> str:
         spent = time.monotonic() - self.began
         rows = lockstep.trained_rows - self.rows_before
-        left = sum((s.trial.total_steps - s.step) * len(s.trial.rows) / s.trial.steps_per_epoch for s in lockstep.states if s.finished is None)
+        left = sum(
+            (s.trial.total_steps - s.step) * len(s.trial.rows) / s.trial.steps_per_epoch
+            for s in lockstep.states
+            if s.finished is None
+        )
         rate = rows / spent if spent else 0.0
         ahead = f", at most {duration(left / rate)} left" if rate and left else ""
         return f"{rows} rows in {duration(spent)}, {rate:.1f} rows/s{ahead}"

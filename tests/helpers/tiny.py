@@ -25,10 +25,16 @@ from transformers import (
     Qwen3Config,
 )
 
+from katei.base.quiet import quiet
+
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 SPECIAL = ("<pad>", "<s>", "</s>")
 # Enough merges that one token is not one byte, in both languages; a token is listed after its parts.
-MERGES = "t h|th e|i n|o n|a n|e r|Ġ th|Ġ a|Ġ the|in g|an d|ã ģ|ã Ĥ|ã ĥ|ã Ģ|ãģ ®|ãģ ¦|ãģ «|ãģ Ł|ãĢ Ĥ|ãĢ ģ".split("|")
+MERGES = [
+    tuple(pair.split(" "))
+    for line in ("t h|th e|i n|o n|a n|e r|Ġ th|Ġ a|Ġ the|in g|an d", "ã ģ|ã Ĥ|ã ĥ|ã Ģ|ãģ ®|ãģ ¦|ãģ «|ãģ Ł|ãĢ Ĥ|ãĢ ģ")
+    for pair in line.split("|")
+]
 
 
 def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -36,10 +42,9 @@ def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     vocabulary = {
         token: number for number, token in enumerate((*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())))
     }
-    merges = [tuple(merge.split(" ")) for merge in MERGES]
-    for left, right in merges:
+    for left, right in MERGES:
         vocabulary[left + right] = len(vocabulary)
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=MERGES))
     split = pre_tokenizers.Split(Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
@@ -88,10 +93,10 @@ def tiny_config(architecture: str = "llama", *, layers: int = 4, vocabulary: int
 
 
 def tiny_base_folder(
-    tmp_path: Path, architecture: str = "llama", *, layers: int = 4, seed: int = 0, vocabulary: int = 300
+    tmp_path: Path, architecture: str = "llama", layers: int = 4, seed: int = 0, vocabulary: int = 300
 ) -> Path:
-    """A base folder `tmp_path/tiny-ARCHITECTURE-LAYERS-SEED`, made once per `tmp_path`; the same bytes for the same arguments."""
-    folder = tmp_path / f"tiny-{architecture}-{layers}-{seed}"
+    """A base folder `tmp_path/tiny-…`, made once per `tmp_path`; the same bytes for the same arguments."""
+    folder = tmp_path / f"tiny-{architecture}-{layers}-{seed}-{vocabulary}"
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +105,8 @@ def tiny_base_folder(
         model = AutoModelForCausalLM.from_config(tiny_config(architecture, layers=layers, vocabulary=vocabulary))
     randomise_(model, seed)
     tiny_tokenizer(folder)
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     return folder
 
 

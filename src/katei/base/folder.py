@@ -90,9 +90,10 @@ def weight_files(folder: Path) -> list[Path]:
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
     if pickled:
         raise BaseError(
-            f"the weights are in {pickled[0]}, which is a pickle: opening one can run code, so katei reads safetensors only",
+            f"the weights are in {pickled[0]}, a pickle: opening one can run code, so katei reads safetensors only",
             file=folder,
-            hint='if you trust its source, convert it once: python -c "from transformers import AutoModelForCausalLM as M; '
+            hint="if you trust where it comes from, convert it once: "
+            'python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{folder}').save_pretrained('{folder}')\"",
         )
     raise BaseError(
@@ -118,7 +119,7 @@ def safetensors_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
         tensors = {name: entry for name, entry in table.items() if name != "__metadata__"}
         return tensors, 8 + length + max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
     except OSError as error:
-        raise BaseError(f"cannot be read: {error.strerror}", file=file) from error
+        raise BaseError(f"cannot be read: {error.strerror}", file=file, hint=f"chmod u+r {file}") from error
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise BaseError("the safetensors header is damaged", file=file, hint=again) from error
 
@@ -146,7 +147,7 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BaseError(f"cannot be read: {error.strerror}", file=path) from error
+        raise BaseError(f"cannot be read: {error.strerror}", file=path, hint=f"chmod u+r {path}") from error
     except ValueError as error:  # not JSON, or not UTF-8
         raise BaseError(f"not JSON: {error}", file=path, hint="download or copy the file again") from error
     if not isinstance(value, dict):

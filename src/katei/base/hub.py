@@ -23,21 +23,32 @@ DEADLINE_SECONDS = 8.0
 
 
 def hub_folder(name: str, say: Say = silent, *, weights: bool = True) -> Path:
-    """Raises BaseError: no network, no such id, a gated base, no safetensors. `weights=False`: config and tokenizer only."""
+    """The snapshot's folder; `weights=False` fetches config and tokenizer only.
+
+    Raises BaseError: no network, no such id, a gated base, no safetensors.
+    """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return check_folder(Path(snapshot_download(name, local_files_only=True)), weights=weights)
     except (LocalEntryNotFoundError, BaseError):
         pass  # not there, or not whole: ask the hub
+    except HFValidationError as error:
+        raise BaseError(f"'{name}' is no folder here and cannot be a hub id", hint=WHAT_MODEL_MAY_BE) from error
     try:
         info = _within(DEADLINE_SECONDS, lambda: HfApi().model_info(name, timeout=TIMEOUT_SECONDS, files_metadata=True))
         files = {file.rfilename: file.size or 0 for file in info.siblings or () if "/" not in file.rfilename}
         if not any(file.endswith(".safetensors") for file in files):
             raise BaseError(
                 f"'{name}' has no safetensors weights on the hub",
-                hint="katei opens no pickles; choose a base with .safetensors files, or convert it yourself to a folder",
+                hint="katei opens no pickles; choose a base with .safetensors files, or convert it to a folder",
             )
         if weights:
             size = sum(size for file, size in files.items() if file.endswith(".safetensors"))

@@ -16,8 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -26,7 +33,7 @@ from katei.base.convert import convert_builtin, convert_gguf
 from katei.base.device import pick_device, pick_dtype
 from katei.base.folder import Say, check_folder, fingerprint, read_config, silent
 from katei.base.hub import HUB_ID, hub_folder
-from katei.base.quiet import quiet
+from katei.base.quiet import forget_how_loaded, quiet
 from katei.core.errors import BaseError, nearest
 
 
@@ -64,7 +71,7 @@ def resolve_base(name: str, *, say: Say = silent, weights: bool = True) -> Path:
                 raise BaseError("this is one file of a base", file=path, hint=f"give its folder: {path.parent}")
             return convert_gguf(path, say)
     except OSError as error:
-        raise BaseError(f"cannot be read: {error.strerror}", file=path) from error
+        raise BaseError(f"cannot be read: {error.strerror}", file=path, hint=WHAT_MODEL_MAY_BE) from error
     if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         return hub_folder(name, say, weights=weights)
     if path.suffix == ".gguf" or "/" in name or "\\" in name or name.startswith(("~", ".")):
@@ -98,6 +105,8 @@ def _load(kind: Any, name: str, precision: str, device: str, say: Say) -> Loaded
     dtype, place = pick_dtype(precision), pick_device(device)
     folder = resolve_base(name, say=say)
     config, tokenizer = _config(folder), _tokenizer(folder)
+    if dtype == torch.float16 and place.type == "cpu":
+        say("fp16 is slow on a CPU (products take about 5 times as long as in fp32); bf16 takes as little memory")
     if tokenizer.vocab_size > config.vocab_size:
         raise BaseError(
             f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model's embedding {config.vocab_size:,} rows",
@@ -107,7 +116,13 @@ def _load(kind: Any, name: str, precision: str, device: str, say: Say) -> Loaded
     try:
         with quiet():
             model, info = kind.from_pretrained(
-                folder, config=config, dtype=dtype, output_loading_info=True, **_SAFE, use_safetensors=True
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them in `_check_all_loaded`, which lets none pass
+                **_SAFE,
             )
     except Exception as error:
         raise _cannot("load the weights", folder, error) from error
@@ -121,7 +136,7 @@ _SAFE = {"trust_remote_code": False, "local_files_only": True}
 
 
 def _config(folder: Path) -> PreTrainedConfig:
-    """Raises BaseError for an architecture whose rows cannot be packed: unknown, encoder, without attention, wrapped."""
+    """Raises BaseError for an architecture we cannot run packed: unknown, an encoder, without attention, wrapped."""
     written = read_config(folder)
     kind = written.get("model_type")
     if kind not in CONFIG_MAPPING:
@@ -142,7 +157,7 @@ def _config(folder: Path) -> PreTrainedConfig:
         raise _cannot("read config.json", folder, error) from error
     if config.sub_configs or config.get_text_config() is not config:
         raise BaseError(
-            f"{kind} wraps a language model together with other parts (vision, audio); katei takes the language model alone",
+            f"{kind} wraps a language model with other parts (vision, audio); katei takes the language model alone",
             file=folder,
             hint="use the text-only base, such as gemma3_text for gemma3",
         )
@@ -164,7 +179,7 @@ def _config(folder: Path) -> PreTrainedConfig:
         )
     if len(causal) < config.num_hidden_layers:
         raise BaseError(
-            f"{len(causal)} of the {config.num_hidden_layers} layers of {kind} have attention; katei needs it in all of them",
+            f"only {len(causal)} of the {config.num_hidden_layers} layers of {kind} attend; katei needs all of them to",
             file=folder,
             hint="use a base whose layers all attend, such as Llama, Qwen 3 or Gemma 3",
         )
@@ -174,22 +189,25 @@ def _config(folder: Path) -> PreTrainedConfig:
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(folder, **_SAFE)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **_SAFE)
     except Exception as error:
         raise _cannot("load the tokenizer", folder, error) from error
+    forget_how_loaded(tokenizer)
+    return tokenizer
 
 
 def _check_all_loaded(info: dict[str, Any], folder: Path) -> None:
-    missing, other = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
+    missing = sorted(info["missing_keys"])
+    reshaped = [f"{name} (file {list(theirs)}, model {list(ours)})" for name, theirs, ours in info["mismatched_keys"]]
     unused = sorted(key for key in info["unexpected_keys"] if "layers." in key and not key.endswith("inv_freq"))
-    for keys, what in (
+    for names, what in (
         (missing, "are not in its files"),
-        (other, "have another shape there"),
+        (sorted(reshaped), "have another shape there"),
         (unused, "fit nowhere in the model"),
     ):
-        if keys:
+        if names:
             raise BaseError(
-                f"{len(keys)} weights {what}: {', '.join(map(str, keys[:3]))}{' …' if len(keys) > 3 else ''}",
+                f"{len(names)} weights {what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}",
                 file=folder,
                 hint="config.json and the weights must be of the same model; download the base again",
             )

@@ -60,8 +60,8 @@ class Base:
     one by one to the same result as its own forward.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, *, name: str = "", fingerprint: str = ""):
-        self.model: Any = model
+    def __init__(self, model: Any, tokenizer: Any = None, *, name: str = "", fingerprint: str = ""):
+        self.model = model
         self.tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint
@@ -198,7 +198,9 @@ class Base:
             for part in touching:
                 if part.start > done:
                     pieces.append(y_TO[done : part.start])
-                pieces.append(stacks[part.stack].linear(site, x_TI[part.start : part.stop], y_TO[part.start : part.stop], part))
+                pieces.append(
+                    stacks[part.stack].linear(site, x_TI[part.start : part.stop], y_TO[part.start : part.stop], part)
+                )
                 done = part.stop
             if done < y_TO.shape[0]:
                 pieces.append(y_TO[done:])
@@ -207,7 +209,14 @@ class Base:
         return hook
 
     def attend(
-        self, block: Any, q_1HTK: Tensor, k_1GTK: Tensor, v_1GTK: Tensor, scaling: float, window: int | None, softcap: float | None
+        self,
+        block: Any,
+        q_1HTK: Tensor,
+        k_1GTK: Tensor,
+        v_1GTK: Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
     ) -> Tensor:
         """Attention of every row of the stream, causal within the row: (1, T, H, K)."""
         assert self._running is not None
@@ -257,8 +266,12 @@ class Base:
         stream = build_stream(rows, stacks, [1], self.device)
         try:
             with torch.no_grad(), self.running(stream, stacks):
+                # the mask of ones keeps transformers from looking for packed rows, which needs values (none on "meta")
                 own_1TD = self.model(
-                    inputs_embeds=self.embedding(stream.ids_T)[None], position_ids=position_1T, use_cache=False
+                    inputs_embeds=self.embedding(stream.ids_T)[None],
+                    attention_mask=torch.ones_like(position_1T),
+                    position_ids=position_1T,
+                    use_cache=False,
                 ).last_hidden_state
         finally:
             for handle in handles:
@@ -274,7 +287,9 @@ class Base:
                 elif key == "position_ids":
                     kept[key] = _Positions()
                 elif isinstance(value, Tensor):
-                    raise _unsupported(self.model_type, f"its layers are handed a tensor '{key}' that we cannot rebuild")
+                    raise _unsupported(
+                        self.model_type, f"its layers are handed a tensor '{key}' that we cannot rebuild"
+                    )
                 else:
                     kept[key] = value
             self._layer_calls.append(kept)
@@ -282,7 +297,9 @@ class Base:
             ours_TD = self.norm(self.layers_forward(stream, self.embed(stream, stacks))[None])[0]
         tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
         scale = own_1TD.float().abs().max().clamp_min(1e-6)
-        if own_1TD.device.type != "meta" and not bool(((ours_TD.float() - own_1TD[0].float()).abs().max() / scale) <= tolerance):
+        if own_1TD.device.type != "meta" and not bool(
+            ((ours_TD.float() - own_1TD[0].float()).abs().max() / scale) <= tolerance
+        ):
             raise _unsupported(self.model_type, "running its layers one by one does not give its own result")
 
     def _rotary(self, h_1TD: Tensor, position_1T: Tensor) -> list[Any]:
@@ -354,11 +371,17 @@ def _to_bucket(x_THK: Tensor, bucket: Bucket) -> Tensor:
         x = x_THK[bucket.start : bucket.start + bucket.rows * bucket.longest]
     else:
         x = x_THK.index_select(0, bucket.gather_T)
-    return x.unflatten(0, (bucket.rows, bucket.longest)).transpose(1, 2)
+    return torch.unflatten(x, 0, (bucket.rows, bucket.longest)).transpose(1, 2)
 
 
 def _attention(
-    q_BHLK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, scaling: float, prefix: int, window: int | None, softcap: float | None
+    q_BHLK: Tensor,
+    k_BGLK: Tensor,
+    v_BGLK: Tensor,
+    scaling: float,
+    prefix: int,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """Causal attention of rows padded on the right; the `prefix` keys in front are earlier than every query."""
     queries, keys = q_BHLK.shape[2], k_BGLK.shape[2]

@@ -1,4 +1,4 @@
-"""Other libraries' chatter, held back while they work for us and put back afterwards."""
+"""transformers' chatter, held back while it works for us and put back afterwards; and what it leaves in its objects."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -24,3 +25,9 @@ def quiet() -> Iterator[None]:
         chatter.set_verbosity(level)
         if bars:
             chatter.enable_progress_bar()
+
+
+def forget_how_loaded(tokenizer: Any) -> None:
+    """Drop the arguments of `from_pretrained` that a tokenizer would write into the next tokenizer_config.json."""
+    for key in ("local_files_only", "is_local", "trust_remote_code"):
+        tokenizer.init_kwargs.pop(key, None)

@@ -134,7 +134,9 @@ PADDING = 0.6
 """A bucket takes rows down to this share of its longest one: attention is a few percent of the work, calls cost more."""
 
 
-def build_stream(rows: Sequence[PackedRow], stacks: Sequence[RowShape], adapters: Sequence[int], device: torch.device) -> Stream:
+def build_stream(
+    rows: Sequence[PackedRow], stacks: Sequence[RowShape], adapters: Sequence[int], device: torch.device
+) -> Stream:
     """Order rows by (stack, adapter), lay them end to end and plan the attention calls.
 
     `adapters[s]` is the number of adapters in stack s.
@@ -191,7 +193,12 @@ def build_stream(rows: Sequence[PackedRow], stacks: Sequence[RowShape], adapters
 
 
 def _plan_buckets(
-    starts: list[int], lengths: list[int], parts: list[Part], stacks: Sequence[RowShape], tokens: int, device: torch.device
+    starts: list[int],
+    lengths: list[int],
+    parts: list[Part],
+    stacks: Sequence[RowShape],
+    tokens: int,
+    device: torch.device,
 ) -> tuple[tuple[Bucket, ...], Tensor | None]:
     special = [p for p in range(len(parts)) if stacks[parts[p].stack].attends or stacks[parts[p].stack].prefix_tokens]
     in_special = {b for p in special for b in range(parts[p].first, parts[p].last)}
@@ -207,7 +214,9 @@ def _plan_buckets(
             longest = lengths[members[0]]
             inside = sorted(b for b in members if lengths[b] >= PADDING * longest)
             members = [b for b in members if lengths[b] < PADDING * longest]
-            rectangle = all(lengths[b] == longest for b in inside) and inside == list(range(inside[0], inside[0] + len(inside)))
+            rectangle = all(lengths[b] == longest for b in inside) and inside == list(
+                range(inside[0], inside[0] + len(inside))
+            )
             gather = torch.zeros(len(inside), longest, dtype=torch.long)
             for i, b in enumerate(inside):
                 gather[i] = starts[b]  # padding repeats the row's own first token; causality hides it, nothing reads it

@@ -1,14 +1,14 @@
 """What can go wrong, as the user sees it.
 
-    KateiError
-    ├── UserError            something the user can fix: exit code 2, message, hint, no traceback
-    │   ├── DataError        a table: carries file and row
-    │   ├── RecipeError      a setting, flag or recipe key
-    │   ├── BaseError        a base model that cannot be found, read or used
-    │   ├── AdapterError     an adapter folder or file
-    │   │   └── CannotMerge  a method whose adapter has no place in the weights
-    │   └── RunError         a run folder
-    └── (anything else is our own mistake and keeps its traceback)
+KateiError
+├── UserError            something the user can fix: exit code 2, message, hint, no traceback
+│   ├── DataError        a table: carries file and row
+│   ├── RecipeError      a setting, flag or recipe key
+│   ├── BaseError        a base model that cannot be found, read or used
+│   ├── AdapterError     an adapter folder or file
+│   │   └── CannotMerge  a method whose adapter has no place in the weights
+│   └── RunError         a run folder
+└── (anything else is our own mistake and keeps its traceback)
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class UserError(KateiError):
 
     kind = "user"
 
-    def __init__(self, message: str, *, file: str | Path | None = None, row: int | None = None, hint: str | None = None):
+    def __init__(
+        self, message: str, *, file: str | Path | None = None, row: int | None = None, hint: str | None = None
+    ):
         super().__init__(message)
         self.message = message
         self.file = str(file) if file is not None else None

@@ -46,7 +46,9 @@ def wilson_interval(correct: int, rows: int, level: float = 0.95) -> tuple[float
     return float(interval.low), float(interval.high)
 
 
-def roc_auc_interval(probability_EC: Floats, labels: Sequence[int], *, draws: int = 2000, seed: int = 0) -> tuple[float, float] | None:
+def roc_auc_interval(
+    probability_EC: Floats, labels: Sequence[int], *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float] | None:
     """95 % interval of `roc_auc`: bootstrap percentiles over rows, drawn within each class. None where `roc_auc` is.
 
     At an area of exactly 1 every draw gives 1, so the interval says nothing there; it is then widened to the bound at which

@@ -38,7 +38,12 @@ def save_state(path: Path, lockstep: Lockstep, fingerprint: str) -> None:
             "finished": state.finished,
             "best_epoch": state.best_epoch,
         }
-    note = {"fingerprint": fingerprint, "trials": counters, "seconds": lockstep.seconds, "trained_rows": lockstep.trained_rows}
+    note = {
+        "fingerprint": fingerprint,
+        "trials": counters,
+        "seconds": lockstep.seconds,
+        "trained_rows": lockstep.trained_rows,
+    }
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     write_atomic(path, lambda temporary: save_file(contiguous, temporary, metadata={"katei": json.dumps(note)}))
 
@@ -49,10 +54,14 @@ def load_state(path: Path, lockstep: Lockstep, fingerprint: str) -> None:
         with safe_open(path, framework="pt") as file:
             note = json.loads((file.metadata() or {}).get("katei", "{}"))
             if note.get("fingerprint") != fingerprint:
-                raise RunError("belongs to other data, another base or another recipe", file=path, hint="--overwrite starts again")
+                raise RunError(
+                    "belongs to other data, another base or another recipe", file=path, hint="--overwrite starts again"
+                )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise RunError(f"the state of this run cannot be read: {error}", file=path, hint="--overwrite starts again") from None
+        raise RunError(
+            f"the state of this run cannot be read: {error}", file=path, hint="--overwrite starts again"
+        ) from None
     lockstep.seconds = note["seconds"]
     lockstep.trained_rows = note["trained_rows"]
     for state in lockstep.states:

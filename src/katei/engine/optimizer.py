@@ -106,7 +106,9 @@ class AdamW:
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        return {f"first.{i}": m for i, m in enumerate(self.first)} | {f"second.{i}": m for i, m in enumerate(self.second)}
+        return {f"first.{i}": m for i, m in enumerate(self.first)} | {
+            f"second.{i}": m for i, m in enumerate(self.second)
+        }
 
     def load_state_(self, state: dict[str, Tensor]) -> None:
         for name, tensor in self.state().items():

@@ -26,7 +26,21 @@ METHODS: dict[str, type[Method]] = {
 BOOK = ("lora", "adalora", "prompt-tuning", "p-tuning", "ia3", "llama-adapter")
 """What `--method all` means: the reference experiment's six."""
 
-__all__ = ["BOOK", "METHODS", "AdaLoRA", "Full", "HeadOnly", "IA3", "LLaMAAdapter", "LoRA", "PTuning", "PrefixTuning", "PromptTuning", "build_method", "method_class"]
+__all__ = [
+    "BOOK",
+    "IA3",
+    "METHODS",
+    "AdaLoRA",
+    "Full",
+    "HeadOnly",
+    "LLaMAAdapter",
+    "LoRA",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
+    "build_method",
+    "method_class",
+]
 
 
 def method_class(name: str) -> type[Method]:

@@ -28,7 +28,19 @@ from torch import Tensor
 from katei.base.packed import Base, Site, place_number
 from katei.base.stream import Part
 from katei.core.errors import RecipeError
-from katei.methods.contract import Method, Stack, TensorSpec, TrialFacts, constant, fill_, normal, plain, same, target_names, transposed
+from katei.methods.contract import (
+    Method,
+    Stack,
+    TensorSpec,
+    TrialFacts,
+    constant,
+    fill_,
+    normal,
+    plain,
+    same,
+    target_names,
+    transposed,
+)
 from katei.methods.lora import check_low_rank, low_rank
 
 
@@ -64,9 +76,10 @@ class AdaLoRA(Method):
                 f"target_rank is {self.target_rank} and rank is {self.rank}: nothing could be pruned",
                 hint="target_rank lies between 0 and rank; to keep every rank, use the method lora",
             )
-        if not (0 <= self.warmup and 0 <= self.final and self.warmup + self.final < 1):
+        if not (self.warmup >= 0 and self.final >= 0 and self.warmup + self.final < 1):
             raise RecipeError(
-                f"warmup {self.warmup} and final {self.final} leave no steps to prune in", hint="warmup = 0.1, final = 0.2"
+                f"warmup {self.warmup} and final {self.final} leave no steps to prune in",
+                hint="warmup = 0.1, final = 0.2",
             )
         if self.interval < 1:
             raise RecipeError(f"interval is {self.interval}, but it counts steps", hint="interval = 1")
@@ -79,7 +92,11 @@ class AdaLoRA(Method):
     def from_peft(cls, config: Mapping[str, Any]) -> AdaLoRA:
         plain(config, bias="none", layers_to_transform=None)
         return cls(
-            rank=config["init_r"], target_rank=config["target_r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"], targets=target_names(config)
+            rank=config["init_r"],
+            target_rank=config["target_r"],
+            alpha=config["lora_alpha"],
+            dropout=config["lora_dropout"],
+            targets=target_names(config),
         )
 
     def build(self, base: Base, classes: int, seeds: Sequence[int], facts: Sequence[TrialFacts]) -> AdaLoRAStack:
@@ -99,7 +116,7 @@ class Budget:
 
     def at(self, step: int) -> int | None:
         """Triplets that may stay after `step` (1-based), or None when nothing is pruned at this step."""
-        if step > self.last_step or step <= self.first_step and step != self.last_step:
+        if step > self.last_step or (step <= self.first_step and step != self.last_step):
             return None
         if step != self.last_step and step % self.interval:
             return None
@@ -134,7 +151,11 @@ class AdaLoRAStack(Stack):
     def _budget(self, steps: int) -> Budget:
         m = self.method
         budget = Budget(
-            self.triplets, int(m.target_rank * len(self.sites)), int(m.warmup * steps), steps - int(m.final * steps), m.interval
+            self.triplets,
+            int(m.target_rank * len(self.sites)),
+            int(m.warmup * steps),
+            steps - int(m.final * steps),
+            m.interval,
         )
         if budget.target < 1 or budget.target >= budget.start or budget.last_step <= budget.first_step:
             raise RecipeError(
@@ -236,7 +257,11 @@ class AdaLoRAStack(Stack):
         places: dict[str, tuple[Tensor, Any]] = {}
         for site in self.sites:
             e_R, a_RI, b_RO = (self.tensors[f"{site.name}.{name}"][n] for name in ("E_R", "A_RI", "B_RO"))
-            places |= {f"{site.name}.lora_A": (a_RI, same), f"{site.name}.lora_B": (b_RO, transposed), f"{site.name}.lora_E": (e_R, torch.flatten)}
+            places |= {
+                f"{site.name}.lora_A": (a_RI, same),
+                f"{site.name}.lora_B": (b_RO, transposed),
+                f"{site.name}.lora_E": (e_R, torch.flatten),
+            }
         return places
 
     def peft_tensors(self, n: int) -> dict[str, Tensor]:

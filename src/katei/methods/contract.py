@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -74,6 +74,10 @@ class Method(ABC):
         """The settings an adapter_config.json of this `peft_type` describes. Raises AdapterError for what we lack."""
         raise AdapterError(f"peft has no adapter of the method {cls.name}")
 
+    def settings(self) -> dict[str, Any]:
+        """All settings by name, as katei.json and a resolved recipe hold them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
     def saved_as(self) -> Method:
         """The method whose stack reads this one's file: itself, unless training needed more than the result does."""
         return self
@@ -113,11 +117,11 @@ class Stack(ABC):
         start = 0
         for name, spec in named.items():
             stop = start + spec.numbers
-            leaf = self.theta_NM[:, start:stop].unflatten(1, spec.shape).detach()
+            leaf = torch.unflatten(self.theta_NM[:, start:stop], 1, spec.shape).detach()
             for n, seed in enumerate(seeds):
                 leaf[n] = spec.init(generator(seed, name)).to(leaf)
             leaf.requires_grad_()
-            leaf.grad = self.grad_NM[:, start:stop].unflatten(1, spec.shape)
+            leaf.grad = torch.unflatten(self.grad_NM[:, start:stop], 1, spec.shape)
             self.tensors[name] = leaf
             start = stop
 
@@ -135,7 +139,9 @@ class Stack(ABC):
         """Keys and values in front of every row at `layer`: two (N, G, P, K)."""
         raise NotImplementedError
 
-    def attend(self, block: Any, q_BHLK: Tensor, out_BHLK: Tensor, adapter_B: Tensor, part: Part, scaling: float) -> Tensor:
+    def attend(
+        self, block: Any, q_BHLK: Tensor, out_BHLK: Tensor, adapter_B: Tensor, part: Part, scaling: float
+    ) -> Tensor:
         """Attention's output for this stack's rows, given the queries after rotation."""
         return out_BHLK
 
@@ -145,14 +151,14 @@ class Stack(ABC):
         pooled_BD = pooled_BD.float()
         if self.adapters == 1:
             return pooled_BD @ score_NCD[0].T
-        all_BNC = (pooled_BD @ score_NCD.flatten(0, 1).T).unflatten(1, (self.adapters, self.classes))
+        all_BNC = torch.unflatten(pooled_BD @ score_NCD.flatten(0, 1).T, 1, (self.adapters, self.classes))
         return all_BNC[torch.arange(len(part.adapter_B), device=all_BNC.device), part.adapter_B]
 
     def penalty_N(self) -> Tensor | None:
         """Added to each trial's loss once per step (AdaLoRA's orthogonality), or None."""
         return None
 
-    def after_step(self, n: int, step: int) -> None:
+    def after_step(self, n: int, step: int) -> None:  # noqa: B027 (most methods have nothing to do here)
         """Trial n has taken optimizer step `step` (1-based); gradients are still there (AdaLoRA moves its budget)."""
 
     # ---------------------------------------------------------------- one trial's row
@@ -160,7 +166,10 @@ class Stack(ABC):
     def trained(self, n: int) -> list[tuple[Tensor, Tensor, bool]]:
         """What AdamW updates for trial n: (numbers, gradient, decays), contiguous runs of its row."""
         cut = self.decayed_numbers
-        runs = [(self.theta_NM[n, :cut], self.grad_NM[n, :cut], True), (self.theta_NM[n, cut:], self.grad_NM[n, cut:], False)]
+        runs = [
+            (self.theta_NM[n, :cut], self.grad_NM[n, :cut], True),
+            (self.theta_NM[n, cut:], self.grad_NM[n, cut:], False),
+        ]
         return [run for run in runs if run[0].numel()]
 
     def buffers(self) -> dict[str, Tensor]:
@@ -235,7 +244,11 @@ def constant(shape: tuple[int, ...], value: float) -> Callable[[torch.Generator]
     return lambda rng: torch.full(shape, value)
 
 
-def fill_(tensors: Mapping[str, Tensor], given: Mapping[str, Tensor], wanted: Mapping[str, tuple[Tensor, Callable[[Tensor], Tensor]]]) -> None:
+def fill_(
+    tensors: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    wanted: Mapping[str, tuple[Tensor, Callable[[Tensor], Tensor]]],
+) -> None:
     """Copy each given tensor into its place, after checking all of them.
 
     `wanted` maps a file's name to (destination, reshape). Raises AdapterError with every mismatch at once.
@@ -255,7 +268,9 @@ def fill_(tensors: Mapping[str, Tensor], given: Mapping[str, Tensor], wanted: Ma
         values[name] = value
     if problems:
         listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise AdapterError(f"the adapter file does not fit this base and method: {listed}", hint="was it trained on another base?")
+        raise AdapterError(
+            f"the adapter file does not fit this base and method: {listed}", hint="was it trained on another base?"
+        )
     with torch.no_grad():
         for name, (place, _) in wanted.items():
             place.copy_(values[name])
@@ -277,11 +292,16 @@ def plain(config: Mapping[str, Any], **expected: object) -> None:
     for name, off in expected.items():
         value = config.get(name, off)
         if value != off and value not in (None, [], {}):
-            raise AdapterError(f"the adapter was made with {name} = {value!r}, which katei does not implement", hint=f"{name} = {off!r} works")
+            raise AdapterError(
+                f"the adapter was made with {name} = {value!r}, which katei does not implement",
+                hint=f"{name} = {off!r} works",
+            )
 
 
 def target_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     targets = config.get("target_modules")
     if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
-        raise AdapterError(f"target_modules is {targets!r}", hint="katei reads a list of module names, such as ['q_proj', 'v_proj']")
+        raise AdapterError(
+            f"target_modules is {targets!r}", hint="katei reads a list of module names, such as ['q_proj', 'v_proj']"
+        )
     return tuple(sorted({str(t).rsplit(".", 1)[-1] for t in targets}))

@@ -50,7 +50,10 @@ class IA3(Method):
     def from_peft(cls, config: Mapping[str, Any]) -> IA3:
         scaled_inputs = set(config.get("feedforward_modules") or [])
         if not scaled_inputs <= {"down_proj"}:
-            raise AdapterError(f"this (IA)³ adapter scales the inputs of {', '.join(sorted(scaled_inputs))}", hint="katei reads down_proj as a scaled input")
+            raise AdapterError(
+                f"this (IA)³ adapter scales the inputs of {', '.join(sorted(scaled_inputs))}",
+                hint="katei reads down_proj as a scaled input",
+            )
         targets = (t for t in target_names(config))
         return cls(targets=tuple("up_proj" if t in scaled_inputs else t for t in targets))
 

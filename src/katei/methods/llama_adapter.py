@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -59,7 +60,9 @@ class LLaMAAdapterStack(Stack):
 
     def __init__(self, method: LLaMAAdapter, base: Base, classes: int, seeds: Sequence[int]):
         if method.layers > base.depth:
-            raise RecipeError(f"layers is {method.layers}, but the base has {base.depth}", hint=f"layers = {base.depth}")
+            raise RecipeError(
+                f"layers is {method.layers}, but the base has {base.depth}", hint=f"layers = {base.depth}"
+            )
         self.method = method
         self.base = base
         self.lowest_layer = base.depth - method.layers
@@ -70,7 +73,9 @@ class LLaMAAdapterStack(Stack):
             specs[f"{layer}.gate"] = TensorSpec((1,), constant((1,), 0.0))
         super().__init__(base, classes, seeds, specs)
 
-    def attend(self, block: Any, q_BHLK: Tensor, out_BHLK: Tensor, adapter_B: Tensor, part: Part, scaling: float) -> Tensor:
+    def attend(
+        self, block: Any, q_BHLK: Tensor, out_BHLK: Tensor, adapter_B: Tensor, part: Part, scaling: float
+    ) -> Tensor:
         layer = block.layer_idx
         if layer < self.lowest_layer:
             return out_BHLK
@@ -88,9 +93,12 @@ class LLaMAAdapterStack(Stack):
         """The frozen projection of this layer's prompts, (N, G, P, K), without the linear place's hooks."""
         projection = block.k_proj if which == "k" else block.v_proj
         prompt_NPD = self.tensors[f"{layer}.prompt_PD"].to(projection.weight.dtype)
-        x_NPGK = F.linear(prompt_NPD, projection.weight, projection.bias).unflatten(2, (-1, self.base.head_size))
+        y_NPO = F.linear(prompt_NPD, projection.weight, projection.bias)
+        x_NPGK: Tensor = torch.unflatten(y_NPO, 2, (-1, self.base.head_size))
         norm = getattr(block, "k_norm", None) if which == "k" else None
-        return (x_NPGK if norm is None else norm(x_NPGK)).transpose(1, 2)
+        if norm is not None:
+            x_NPGK = norm(x_NPGK)
+        return x_NPGK.transpose(1, 2)
 
     def peft_config(self, n: int) -> dict[str, Any]:
         return {"adapter_layers": self.method.layers, "adapter_len": self.method.length}

@@ -23,7 +23,19 @@ from torch import Tensor
 from katei.base.packed import Base, Site, place_number
 from katei.base.stream import Part
 from katei.core.errors import RecipeError
-from katei.methods.contract import Method, Stack, TensorSpec, TrialFacts, constant, fill_, plain, same, target_names, transposed, uniform
+from katei.methods.contract import (
+    Method,
+    Stack,
+    TensorSpec,
+    TrialFacts,
+    constant,
+    fill_,
+    plain,
+    same,
+    target_names,
+    transposed,
+    uniform,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +61,21 @@ class LoRA(Method):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> LoRA:
-        plain(config, use_dora=False, rank_pattern={}, alpha_pattern={}, bias="none", layers_to_transform=None, lora_bias=False)
+        plain(
+            config,
+            use_dora=False,
+            rank_pattern={},
+            alpha_pattern={},
+            bias="none",
+            layers_to_transform=None,
+            lora_bias=False,
+        )
         return cls(
-            rank=config["r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"], targets=target_names(config), rslora=config.get("use_rslora", False)
+            rank=config["r"],
+            alpha=config["lora_alpha"],
+            dropout=config["lora_dropout"],
+            targets=target_names(config),
+            rslora=config.get("use_rslora", False),
         )
 
     def build(self, base: Base, classes: int, seeds: Sequence[int], facts: Sequence[TrialFacts]) -> LoRAStack:
@@ -73,8 +97,12 @@ class LoRAStack(Stack):
         self.sites: list[Site] = base.sites_named(method.targets)
         specs: dict[str, TensorSpec] = {}
         for site in self.sites:
-            specs[f"{site.name}.A_RI"] = TensorSpec((method.rank, site.inputs), uniform((method.rank, site.inputs), site.inputs**-0.5))
-            specs[f"{site.name}.B_RO"] = TensorSpec((method.rank, site.outputs), constant((method.rank, site.outputs), 0.0))
+            specs[f"{site.name}.A_RI"] = TensorSpec(
+                (method.rank, site.inputs), uniform((method.rank, site.inputs), site.inputs**-0.5)
+            )
+            specs[f"{site.name}.B_RO"] = TensorSpec(
+                (method.rank, site.outputs), constant((method.rank, site.outputs), 0.0)
+            )
         super().__init__(base, classes, seeds, specs)
         self.linear_sites = {site.name: place_number(site.name) for site in self.sites}
         self.lowest_layer = min(site.layer for site in self.sites)

@@ -14,6 +14,7 @@ Dimensions: N adapters · P virtual tokens · D width · J hidden.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -52,7 +53,11 @@ class PTuning(Method):
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> PTuning:
         encoder = str(config["encoder_reparameterization_type"]).lower()
-        return cls(virtual_tokens=config["num_virtual_tokens"], encoder="lstm" if encoder == "lstm" else "mlp", hidden=config["encoder_hidden_size"])
+        return cls(
+            virtual_tokens=config["num_virtual_tokens"],
+            encoder="lstm" if encoder == "lstm" else "mlp",
+            hidden=config["encoder_hidden_size"],
+        )
 
     def saved_as(self) -> PromptTuning:
         return PromptTuning(virtual_tokens=self.virtual_tokens)
@@ -66,13 +71,20 @@ class PTuningStack(Stack):
         self.method = method
         hidden = method.hidden or base.width
         lstm = method.encoder == "lstm"
-        specs = {"embedding_PD": TensorSpec((method.virtual_tokens, base.width), normal((method.virtual_tokens, base.width)))}
+        specs = {
+            "embedding_PD": TensorSpec((method.virtual_tokens, base.width), normal((method.virtual_tokens, base.width)))
+        }
         self.lstm_names: list[str] = []
         if lstm:
             for layer in range(method.lstm_layers):
                 for direction in ("", "_reverse"):
                     inputs = base.width if layer == 0 else 2 * hidden
-                    shapes = {"weight_ih": (4 * hidden, inputs), "weight_hh": (4 * hidden, hidden), "bias_ih": (4 * hidden,), "bias_hh": (4 * hidden,)}
+                    shapes = {
+                        "weight_ih": (4 * hidden, inputs),
+                        "weight_hh": (4 * hidden, hidden),
+                        "bias_ih": (4 * hidden,),
+                        "bias_hh": (4 * hidden,),
+                    }
                     for kind, shape in shapes.items():
                         name = f"lstm.{kind}_l{layer}{direction}"
                         specs[name] = TensorSpec(shape, uniform(shape, hidden**-0.5), decay=not kind.startswith("bias"))
@@ -81,7 +93,7 @@ class PTuningStack(Stack):
         else:
             widths = [base.width, hidden, hidden, base.width]
         self.mlp_layers = len(widths) - 1
-        for layer, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+        for layer, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
             specs[f"mlp{layer}.w_OI"] = TensorSpec((outputs, inputs), uniform((outputs, inputs), inputs**-0.5))
             specs[f"mlp{layer}.b_O"] = TensorSpec((outputs,), uniform((outputs,), inputs**-0.5), decay=False)
         super().__init__(base, classes, seeds, specs)
@@ -89,7 +101,9 @@ class PTuningStack(Stack):
         self.peft_dims = peft_dims(base, base.heads, base.width)
         self.lstm = None
         if lstm:  # shapes alone; its weights are ours, handed over at each call
-            self.lstm = torch.nn.LSTM(base.width, hidden, method.lstm_layers, bidirectional=True, batch_first=True, device="meta")
+            self.lstm = torch.nn.LSTM(
+                base.width, hidden, method.lstm_layers, bidirectional=True, batch_first=True, device="meta"
+            )
 
     def embed(self) -> Tensor:
         x_NPJ = self.tensors["embedding_PD"]
@@ -100,7 +114,9 @@ class PTuningStack(Stack):
                 rows.append(torch.func.functional_call(self.lstm, weights, (x_NPJ[n],))[0])
             x_NPJ = torch.stack(rows)
         for layer in range(self.mlp_layers):
-            x_NPJ = torch.baddbmm(self.tensors[f"mlp{layer}.b_O"][:, None], x_NPJ, self.tensors[f"mlp{layer}.w_OI"].transpose(1, 2))
+            x_NPJ = torch.baddbmm(
+                self.tensors[f"mlp{layer}.b_O"][:, None], x_NPJ, self.tensors[f"mlp{layer}.w_OI"].transpose(1, 2)
+            )
             if layer < self.mlp_layers - 1:
                 x_NPJ = torch.relu(x_NPJ)
         return x_NPJ

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from katei.base.packed import Base
@@ -60,7 +61,7 @@ class PrefixTuningStack(Stack):
         self.peft_dims = peft_dims(base, base.kv_heads, base.kv_heads * base.head_size)
 
     def prefix(self, layer: int, part: Part) -> tuple[Tensor, Tensor]:
-        p_NPYGK = self.tensors["prefix"].unflatten(2, (self.depth * 2, self.kv_heads, self.head_size))
+        p_NPYGK = torch.unflatten(self.tensors["prefix"], 2, (self.depth * 2, self.kv_heads, self.head_size))
         return p_NPYGK[:, :, 2 * layer].transpose(1, 2), p_NPYGK[:, :, 2 * layer + 1].transpose(1, 2)
 
     def peft_config(self, n: int) -> dict[str, Any]:

@@ -43,7 +43,9 @@ class PromptTuning(Method):
         if self.init not in PEFT_INIT:
             raise RecipeError(f"init is '{self.init}'", hint=f"one of: {', '.join(PEFT_INIT)}")
         if (self.init == "text") != bool(self.init_text.strip()):
-            raise RecipeError('init = "text" and init_text go together', hint='init = "text", init_text = "この詩の声は"')
+            raise RecipeError(
+                'init = "text" and init_text go together', hint='init = "text", init_text = "この詩の声は"'
+            )
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> PromptTuning:

@@ -63,7 +63,9 @@ class SavedAdapter:
         """A stack of this one adapter. Raises AdapterError where its tensors do not fit the base."""
         if self.note.fingerprint and base.fingerprint and self.note.fingerprint != base.fingerprint:
             raise AdapterError(
-                f"the adapter was trained on other weights than those of '{base.name}'", file=self.folder, hint=f"its base was '{self.note.base}'"
+                f"the adapter was trained on other weights than those of '{base.name}'",
+                file=self.folder,
+                hint=f"its base was '{self.note.base}'",
             )
         stack = self.method.saved_as().build(base, len(self.note.labels), [0], [TrialFacts(total_steps=10**6)])
         load_into_(stack, 0, self)
@@ -90,7 +92,12 @@ def save_adapter(folder: Path, stack: Stack, n: int, method: Method, note: Adapt
         prompt = method.peft_type in PROMPT_TYPES
         prefix = "" if prompt else "base_model.model.model."
         tensors = {prefix + name: tensor.cpu().contiguous() for name, tensor in stack.peft_tensors(n).items()}
-        config = {"peft_type": method.peft_type, "task_type": "SEQ_CLS", "inference_mode": True, "base_model_name_or_path": base_path}
+        config = {
+            "peft_type": method.peft_type,
+            "task_type": "SEQ_CLS",
+            "inference_mode": True,
+            "base_model_name_or_path": base_path,
+        }
         if stack.head_in_peft:
             tensors["base_model.score.weight" if prompt else "base_model.model.score.weight"] = head_CD
             config["modules_to_save"] = ["classifier", "score"]
@@ -108,13 +115,18 @@ def read_adapter(folder: Path) -> SavedAdapter:
     note = _read_note(folder)
     config = read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").exists() else None
     if config is None and note is None:
-        raise AdapterError("no adapter_config.json and no katei.json here", file=folder, hint="a trial's folder, such as RUN/trials/lora")
+        raise AdapterError(
+            "no adapter_config.json and no katei.json here",
+            file=folder,
+            hint="a trial's folder, such as RUN/trials/lora",
+        )
     tensors: dict[str, Tensor] = {}
     if config is not None:
         if not (folder / "adapter_model.safetensors").exists():
             pickled = (folder / "adapter_model.bin").exists()
             raise AdapterError(
-                "adapter_model.safetensors is missing" + (", and katei does not read pickled weights (adapter_model.bin)" if pickled else ""),
+                "adapter_model.safetensors is missing"
+                + (", and katei does not read pickled weights (adapter_model.bin)" if pickled else ""),
                 file=folder,
                 hint="save it with peft's save_pretrained(..., safe_serialization=True)" if pickled else None,
             )
@@ -133,7 +145,18 @@ def read_adapter(folder: Path) -> SavedAdapter:
     if note is None:
         assert config is not None
         base = str(config.get("base_model_name_or_path") or "")
-        note = AdapterNote(folder.name, method.name, asdict(method), tuple(str(c) for c in range(len(head_CD))), base, "", 200, "text", {}, "")  # type: ignore[call-overload]
+        note = AdapterNote(
+            folder.name,
+            method.name,
+            method.settings(),
+            tuple(str(c) for c in range(len(head_CD))),
+            base,
+            "",
+            200,
+            "text",
+            {},
+            "",
+        )
     return SavedAdapter(folder, method, note, _unprefixed(tensors, config), head_CD)
 
 
@@ -165,7 +188,9 @@ def _method(config: Mapping[str, Any] | None, note: AdapterNote | None, folder: 
     cls = next((m for m in METHODS.values() if m.peft_type is not None and m.peft_type == kind), None)
     if cls is None:
         known = ", ".join(m.peft_type for m in METHODS.values() if m.peft_type)
-        raise AdapterError(f"katei does not know peft's {kind}", file=folder / "adapter_config.json", hint=f"it reads {known}")
+        raise AdapterError(
+            f"katei does not know peft's {kind}", file=folder / "adapter_config.json", hint=f"it reads {known}"
+        )
     try:
         return cls.from_peft(config)
     except KeyError as missing:
@@ -200,4 +225,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"is not a whole safetensors file: {error}", file=path, hint="copy or train it again") from None
+        raise AdapterError(
+            f"is not a whole safetensors file: {error}", file=path, hint="copy or train it again"
+        ) from None

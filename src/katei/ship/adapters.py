@@ -26,7 +26,11 @@ def adapter_folder(run: Path, trial: str | None = None) -> Path:
         return run
     trials = run / "trials"
     if not trials.is_dir():
-        raise RunError("is neither a finished run nor an adapter folder", file=run, hint="a folder with trials/ or adapter_config.json in it")
+        raise RunError(
+            "is neither a finished run nor an adapter folder",
+            file=run,
+            hint="a folder with trials/ or adapter_config.json in it",
+        )
     names = sorted(path.name for path in trials.iterdir() if path.is_dir() and not path.name.startswith("."))
     if trial is not None:
         if trial not in names:
@@ -47,16 +51,19 @@ def read_note(folder: Path) -> AdapterNote:
 def rows_to_compare(run: Path, data: str | Path | None, note: AdapterNote, most: int = 64) -> list[str]:
     """Texts to compare a merged model on: those of `data`, else the run's own test (or valid, or train) rows."""
     if data is None:
-        recipe_file = next((folder / "recipe.toml" for folder in (run, run.parent.parent) if (folder / "recipe.toml").exists()), None)
+        recipe_file = next(
+            (folder / "recipe.toml" for folder in (run, run.parent.parent) if (folder / "recipe.toml").exists()), None
+        )
         if recipe_file is None:
-            raise AdapterError("a merge is checked on real rows, and this adapter's run is not beside it", file=run, hint="--data a file with texts")
+            raise AdapterError(
+                "a merge is checked on real rows, and this adapter's run is not beside it",
+                file=run,
+                hint="--data a file with texts",
+            )
         recipe = load_recipe(recipe_file, {})
         dataset = load_dataset(recipe.data, text=recipe.text, label=recipe.label)
         return list((dataset.test or dataset.valid or dataset.train).texts[:most])
-    table = read_table(data)
-    if note.text_column not in table.columns:
-        raise AdapterError(f"no column named '{note.text_column}'", file=data, hint=f"columns: {', '.join(table.columns)}")
-    return [text for text in table.column(note.text_column) if text.strip()][:most]
+    return list(read_table(data, usual=note.text_column).texts[:most])
 
 
 def open_adapter(
@@ -70,10 +77,14 @@ def open_adapter(
     return base, saved.stack(base), saved.note
 
 
-def open_base_of(saved: SavedAdapter, *, model: str | None, precision: str, device: str, say: Callable[[str], None]) -> Base:
+def open_base_of(
+    saved: SavedAdapter, *, model: str | None, precision: str, device: str, say: Callable[[str], None]
+) -> Base:
     name = model or saved.note.base
     if not name:
-        raise AdapterError("does not say which base it belongs to", file=saved.folder, hint="--model the base it was trained on")
+        raise AdapterError(
+            "does not say which base it belongs to", file=saved.folder, hint="--model the base it was trained on"
+        )
     loaded = load_base(name, precision=precision, device=device, say=say)
     return Base(loaded.model, loaded.tokenizer, name=name, fingerprint=loaded.fingerprint)
 
@@ -88,7 +99,9 @@ def _full_note(folder: Path) -> AdapterNote:
     return AdapterNote(**{**value, "labels": tuple(value["labels"])})
 
 
-def _open_full(folder: Path, precision: str, device: str, say: Callable[[str], None]) -> tuple[Base, Stack, AdapterNote]:
+def _open_full(
+    folder: Path, precision: str, device: str, say: Callable[[str], None]
+) -> tuple[Base, Stack, AdapterNote]:
     """A fully fine-tuned model is its own base; its head alone is left to read."""
     from safetensors import safe_open
 

@@ -19,7 +19,9 @@ def export_peft(folder: Path, out: Path) -> None:
     saved = read_adapter(folder)
     if saved.method.peft_type is None:
         raise AdapterError(
-            f"peft has no format for the method '{saved.method.name}'", file=folder, hint="`katei merge` writes a plain transformers model of it"
+            f"peft has no format for the method '{saved.method.name}'",
+            file=folder,
+            hint="`katei merge` writes a plain transformers model of it",
         )
     if out.exists():
         raise AdapterError("already exists", file=out, hint="--out a new folder")

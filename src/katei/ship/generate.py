@@ -33,12 +33,16 @@ class Sampling:
         if self.new_tokens < 1:
             raise RecipeError(f"new_tokens is {self.new_tokens}, but it counts tokens", hint="--new-tokens 40")
         if self.temperature < 0:
-            raise RecipeError(f"temperature is {self.temperature}, below 0", hint="--temperature 0 is greedy, 0.8 varied")
+            raise RecipeError(
+                f"temperature is {self.temperature}, below 0", hint="--temperature 0 is greedy, 0.8 varied"
+            )
         if not 0 < self.top_p <= 1:
             raise RecipeError(f"top_p is {self.top_p}, but it is a share", hint="--top-p 0.9")
 
 
-def generate(base: Base, lm_head: Any, prompts: Sequence[str], sampling: Sampling, stack: Stack | None = None) -> list[str]:
+def generate(
+    base: Base, lm_head: Any, prompts: Sequence[str], sampling: Sampling, stack: Stack | None = None
+) -> list[str]:
     """The continuation of each prompt, without the prompt. `lm_head` maps (B, D) to (B, V) scores."""
     stacks = [stack or HeadOnlyStack(base, 2, [0])]
     rows = [_prompt_ids(base, prompt) for prompt in prompts]
@@ -67,7 +71,11 @@ def generate(base: Base, lm_head: Any, prompts: Sequence[str], sampling: Samplin
     for row, start in zip(rows, starts, strict=True):
         before = base.tokenizer.decode(row[:start], skip_special_tokens=True)
         whole = base.tokenizer.decode(row, skip_special_tokens=True)
-        texts.append(whole[len(before) :] if whole.startswith(before) else base.tokenizer.decode(row[start:], skip_special_tokens=True))
+        texts.append(
+            whole[len(before) :]
+            if whole.startswith(before)
+            else base.tokenizer.decode(row[start:], skip_special_tokens=True)
+        )
     return texts
 
 

@@ -59,7 +59,9 @@ def check_mergeable(saved: SavedAdapter, out: Path) -> None:
         raise AdapterError("already exists", file=out, hint="--out a new folder")
 
 
-def merge_adapter(saved: SavedAdapter, base: Base, out: Path, rows: Sequence[Sequence[int]], say: Callable[[str], None]) -> Agreement:
+def merge_adapter(
+    saved: SavedAdapter, base: Base, out: Path, rows: Sequence[Sequence[int]], say: Callable[[str], None]
+) -> Agreement:
     """Fold an adapter into its base's weights, write the plain model to `out`, and compare both on `rows` of token ids.
 
     Raises CannotMerge for a method without weights to merge into, and AdapterError (nothing is left at `out`) where the merged
@@ -80,7 +82,8 @@ def merge_adapter(saved: SavedAdapter, base: Base, out: Path, rows: Sequence[Seq
         agreement = _agreement(before, _plain_probabilities(folder, rows))
         if agreement.max_probability_change > LARGEST_CHANGE:
             raise AdapterError(
-                f"the merged model moves a probability by {agreement.max_probability_change:.2g}, more than {LARGEST_CHANGE:g}; nothing was written",
+                f"the merged model moves a probability by {agreement.max_probability_change:.2g}, "
+                f"more than {LARGEST_CHANGE:g}; nothing was written",
                 file=saved.folder,
                 hint="use the adapter beside its base: `katei predict`, or `katei export --format peft`",
             )
@@ -88,7 +91,9 @@ def merge_adapter(saved: SavedAdapter, base: Base, out: Path, rows: Sequence[Seq
     return agreement
 
 
-def _save_classifier(folder: Path, base: Base, weights: Mapping[str, Tensor], head_CD: Tensor, note: AdapterNote) -> None:
+def _save_classifier(
+    folder: Path, base: Base, weights: Mapping[str, Tensor], head_CD: Tensor, note: AdapterNote
+) -> None:
     config: Any = copy.deepcopy(base.config)
     config.num_labels = len(note.labels)
     config.id2label = dict(enumerate(note.labels))
@@ -100,7 +105,9 @@ def _save_classifier(folder: Path, base: Base, weights: Mapping[str, Tensor], he
     config.pad_token_id = tokenizer.pad_token_id
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
-    named = {f"{model.base_model_prefix}.{name}": tensor for name, tensor in weights.items()} | {"score.weight": head_CD}
+    named = {f"{model.base_model_prefix}.{name}": tensor for name, tensor in weights.items()} | {
+        "score.weight": head_CD
+    }
     expected = {name for name, _ in model.named_parameters()}
     assert set(named) == expected, f"{sorted(set(named) ^ expected)[:5]}"
     model.save_pretrained(folder, state_dict={name: tensor.cpu().contiguous() for name, tensor in named.items()})
@@ -112,7 +119,9 @@ def _plain_probabilities(folder: Path, rows: Sequence[Sequence[int]]) -> NDArray
     """What `transformers` alone makes of the folder, a row at a time."""
     model: Any = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        return np.stack([torch.softmax(model(input_ids=torch.tensor([list(ids)])).logits[0].double(), 0).numpy() for ids in rows])
+        return np.stack(
+            [torch.softmax(model(input_ids=torch.tensor([list(ids)])).logits[0].double(), 0).numpy() for ids in rows]
+        )
 
 
 def _agreement(before_EC: NDArray[np.float64], after_EC: NDArray[np.float64]) -> Agreement:

@@ -52,7 +52,9 @@ class Recipe:
             if len(set(values)) != len(values):
                 raise RecipeError(f"{what} lists one of its entries twice: {list(values)}")
         if not self.seeds or any(not 0 <= seed < 2**32 for seed in self.seeds):
-            raise RecipeError(f"seeds is {list(self.seeds)}, but it lists whole numbers of 0 or more", hint="seeds = [0, 1, 2]")
+            raise RecipeError(
+                f"seeds is {list(self.seeds)}, but it lists whole numbers of 0 or more", hint="seeds = [0, 1, 2]"
+            )
         if self.max_length < 1:
             raise RecipeError(f"max_length is {self.max_length}, but it counts tokens", hint="max_length = 200")
         if self.token_budget < 1:
@@ -83,17 +85,23 @@ class Recipe:
         """The resolved recipe, every default written out; reading it gives the same study."""
         import tomli_w
 
-        top = {key: value for key, value in asdict(self).items() if key not in ("training", "settings") and value is not None}
+        top = {
+            key: value
+            for key, value in asdict(self).items()
+            if key not in ("training", "settings") and value is not None
+        }
         top |= {"methods": list(self.methods), "seeds": list(self.seeds)}
         tables = {}
         for name in self.methods:
             method, training = self.resolved(name)
-            values = {**asdict(method), **asdict(training)}  # type: ignore[call-overload]
+            values = {**method.settings(), **asdict(training)}
             tables[name] = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
         return str(tomli_w.dumps({**top, **tables}))
 
 
-def load_recipe(path: str | Path | None, overrides: Mapping[str, Any], *, method_overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path | None, overrides: Mapping[str, Any], *, method_overrides: Mapping[str, Any] | None = None
+) -> Recipe:
     """Read a recipe file (or none) and lay the flags over it.
 
     `overrides` are top-level and training keys, None where a flag was not given; `method_overrides` go to the one method
@@ -106,7 +114,9 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any], *, method
         try:
             table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise RecipeError(f"the recipe cannot be read: {error.strerror}", file=path, hint="recipes/book.toml is one to begin with") from None
+            raise RecipeError(
+                f"the recipe cannot be read: {error.strerror}", file=path, hint="recipes/book.toml is one to begin with"
+            ) from None
         except UnicodeDecodeError:
             raise RecipeError("the recipe is not UTF-8 text", file=path) from None
         except tomllib.TOMLDecodeError as error:
@@ -136,7 +146,10 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any], *, method
     if method_overrides:
         methods = top.get("methods", BOOK)
         if len(methods) != 1:
-            raise RecipeError("settings of one method were given, but the recipe has several", hint="put them into the method's table of a recipe file")
+            raise RecipeError(
+                "settings of one method were given, but the recipe has several",
+                hint="put them into the method's table of a recipe file",
+            )
         settings.setdefault(methods[0], {}).update(method_overrides)
     recipe = build(Recipe, {**top, "training": training, "settings": settings}, where=where)
     recipe.check()

@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -26,11 +27,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
+from transformers import AutoModel
 
 from katei import __version__
-from katei.base.load import load_base, load_tokenizer, resolve_base
+from katei.base.load import load_base, load_config, load_tokenizer, resolve_base
 from katei.base.packed import Base
 from katei.core import metrics
 from katei.core.errors import RunError
@@ -39,6 +41,7 @@ from katei.data import Dataset, Split, cut_warnings, load_dataset
 from katei.engine.checkpoint import load_state, save_state
 from katei.engine.lockstep import Lockstep, Tokens, Trial, TrialState, score_rows
 from katei.methods.adalora import AdaLoRAStack
+from katei.methods.contract import TrialFacts
 from katei.methods.full import Full
 from katei.methods.saved import AdapterNote, load_into_, read_adapter, save_adapter
 from katei.study.recipe import Recipe, load_recipe
@@ -94,7 +97,12 @@ class Study:
     warnings: tuple[str, ...] = field(default=())
 
     def as_json(self) -> dict[str, Any]:
-        return {"run": str(self.run), **self.results, "seconds": self.environment["seconds"], "memory": self.environment["memory"]}
+        return {
+            "run": str(self.run),
+            **self.results,
+            "seconds": self.environment["seconds"],
+            "memory": self.environment["memory"],
+        }
 
 
 def run_study(
@@ -113,6 +121,8 @@ def run_study(
     started = time.perf_counter()
     dataset = load_dataset(recipe.data, text=recipe.text, label=recipe.label)
     path = resolve_base(recipe.model, say=watcher.say)
+    groups = _groups(recipe, len(dataset.train.texts))
+    _check_fit(groups, str(path), len(dataset.label_names))
     identity = sha256((recipe.to_toml() + dataset.sha256).encode()).hexdigest()
     _check_claim(out, recipe, identity, overwrite)
     out.mkdir(parents=True, exist_ok=True)
@@ -129,7 +139,6 @@ def run_study(
             watcher.say(f"warning: {warning}")
         write_text(out / "identity", identity + "\n")
         write_text(out / "recipe.toml", recipe.to_toml())
-        groups = _groups(recipe, len(dataset.train.texts))
         finished: list[_Finished] = []
         seconds = {"load": time.perf_counter() - started, "train": 0.0, "evaluate": 0.0}
         base: Base | None = None
@@ -139,7 +148,9 @@ def run_study(
             if base is None or own:
                 base = open_base(recipe.model, recipe.precision, recipe.device, watcher.say)
             seconds["load"] += time.perf_counter() - loading
-            finished += _train_group(group, base, recipe, dataset, tokens, out, identity, watcher, seconds, save_seconds)
+            finished += _train_group(
+                group, base, recipe, dataset, tokens, out, identity, watcher, seconds, save_seconds
+            )
             if own:
                 base = None  # its weights are trained: nobody else's base any more
         results = _results(finished, dataset)
@@ -162,8 +173,14 @@ def load_study(run: Path) -> Study:
         raise RunError("no such run folder", file=run, hint="`katei train` or `katei compare` makes one")
     if not (run / "results.json").exists():
         if (run / "recipe.toml").exists():
-            raise RunError("this run has not finished", file=run, hint="the command that began it, typed again, goes on where it stopped")
-        raise RunError("is not a run folder: no results.json", file=run, hint="`katei train` or `katei compare` makes one")
+            raise RunError(
+                "this run has not finished",
+                file=run,
+                hint="the command that began it, typed again, goes on where it stopped",
+            )
+        raise RunError(
+            "is not a run folder: no results.json", file=run, hint="`katei train` or `katei compare` makes one"
+        )
     try:
         results = json.loads((run / "results.json").read_text(encoding="utf-8"))
         environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
@@ -215,16 +232,25 @@ def _difference(old: Path, recipe: Recipe) -> str:
     import tomllib
 
     before, now = tomllib.loads(old.read_text(encoding="utf-8")), tomllib.loads(recipe.to_toml())
-    flat = [{f"{k}.{kk}" if isinstance(v, dict) else k: vv for k, v in t.items() for kk, vv in (v.items() if isinstance(v, dict) else [("", v)])} for t in (before, now)]
+    flat = [
+        {
+            f"{k}.{kk}" if isinstance(v, dict) else k: vv
+            for k, v in t.items()
+            for kk, vv in (v.items() if isinstance(v, dict) else [("", v)])
+        }
+        for t in (before, now)
+    ]
     keys = [k for k in sorted(set(flat[0]) | set(flat[1])) if flat[0].get(k) != flat[1].get(k)]
     return "; ".join(f"{k}: {flat[0].get(k)} there, {flat[1].get(k)} now" for k in keys[:3])
 
 
-def _locked(out: Path) -> AcquireReturnProxy:
+def _locked(out: Path) -> AbstractContextManager[object]:
     try:
         return FileLock(out / ".lock", timeout=0).acquire()
     except Timeout:
-        raise RunError("another katei is training into this folder", file=out, hint="wait for it, or --out another folder") from None
+        raise RunError(
+            "another katei is training into this folder", file=out, hint="wait for it, or --out another folder"
+        ) from None
 
 
 # -------------------------------------------------------------------- training
@@ -247,7 +273,10 @@ def _splits(dataset: Dataset) -> dict[str, Split]:
 
 
 def _cuts(tokenizer: Any, dataset: Dataset, max_length: int) -> list[str]:
-    lengths = {name: [len(row) for row in tokenizer(list(split.texts))["input_ids"]] for name, split in _splits(dataset).items()}
+    lengths = {
+        name: [len(row) for row in tokenizer(list(split.texts))["input_ids"]]
+        for name, split in _splits(dataset).items()
+    }
     return list(cut_warnings(lengths, max_length))
 
 
@@ -267,6 +296,15 @@ def _groups(recipe: Recipe, rows: int) -> list[list[Trial]]:
     return ([shared] if shared else []) + alone
 
 
+def _check_fit(groups: list[list[Trial]], path: str, classes: int) -> None:
+    """Build every stack over the base's shape, without its weights: what does not fit is found before they are read."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(load_config(path)).eval()
+    shape = Base(model, load_tokenizer(path))
+    for trial in (trial for group in groups for trial in group):
+        trial.method.build(shape, classes, [0], [TrialFacts(trial.total_steps)])
+
+
 def _train_group(
     group: list[Trial],
     base: Base,
@@ -279,12 +317,16 @@ def _train_group(
     seconds: dict[str, float],
     save_seconds: float,
 ) -> list[_Finished]:
-    lockstep = Lockstep(base, group, len(dataset.label_names), tokens["train"], tokens.get("valid"), token_budget=recipe.token_budget)
+    lockstep = Lockstep(
+        base, group, len(dataset.label_names), tokens["train"], tokens.get("valid"), token_budget=recipe.token_budget
+    )
     state_file = out / f"state-{group[0].name}.safetensors"
     fingerprint = f"{identity}/{base.fingerprint}"
     if state_file.exists():
         load_state(state_file, lockstep, fingerprint)
-        watcher.say(f"going on from step {max(s.step for s in lockstep.states)} of {max(s.trial.total_steps for s in lockstep.states)}")
+        watcher.say(
+            f"going on from step {max(s.step for s in lockstep.states)} of {max(s.trial.total_steps for s in lockstep.states)}"
+        )
     saved_at = time.monotonic()
 
     def watch(engine: Lockstep, ended: list[TrialState]) -> None:
@@ -305,13 +347,17 @@ def _train_group(
     # `total` is what peft prints: backbone, adapter and head
     own_base = sum(p.numel() for p in base.model.parameters() if not p.requires_grad)
     scored = {name: split for name, split in tokens.items() if name in ("valid", "test")}
-    probabilities = {name: lockstep.probabilities([(state, split) for state in lockstep.states]) for name, split in scored.items()}
+    probabilities = {
+        name: lockstep.probabilities([(state, split) for state in lockstep.states]) for name, split in scored.items()
+    }
     finished = []
     for i, state in enumerate(lockstep.states):
         stack = lockstep.stacks[state.stack]
         ranks = stack.ranks(state.n) if isinstance(stack, AdaLoRAStack) else None
         finished.append(
-            _Finished(state, stack.trainable, own_base + stack.trainable, {k: v[i] for k, v in probabilities.items()}, ranks)
+            _Finished(
+                state, stack.trainable, own_base + stack.trainable, {k: v[i] for k, v in probabilities.items()}, ranks
+            )
         )
     _save_trials(lockstep, finished, base, recipe, dataset, tokens, out)
     lockstep.seconds["evaluate"] += time.perf_counter() - evaluating
@@ -321,7 +367,13 @@ def _train_group(
 
 
 def _save_trials(
-    lockstep: Lockstep, finished: list[_Finished], base: Base, recipe: Recipe, dataset: Dataset, tokens: dict[str, Tokens], out: Path
+    lockstep: Lockstep,
+    finished: list[_Finished],
+    base: Base,
+    recipe: Recipe,
+    dataset: Dataset,
+    tokens: dict[str, Tokens],
+    out: Path,
 ) -> None:
     """Write each adapter, read it back from the disk, and check that it scores rows to the same bits."""
     from katei.ship.models import save_full
@@ -331,20 +383,27 @@ def _save_trials(
         note = AdapterNote(
             name=trial.name,
             method=trial.method.name,
-            settings=asdict(trial.method),  # type: ignore[call-overload]
+            settings=trial.method.settings(),
             labels=dataset.label_names,
             base=recipe.model,
             fingerprint=base.fingerprint,
             max_length=recipe.max_length,
             text_column=dataset.text_column,
-            training={**asdict(trial.training), "seed": trial.seed, "rows": len(trial.rows), "epochs_run": len(state.epochs)},
+            training={
+                **asdict(trial.training),
+                "seed": trial.seed,
+                "rows": len(trial.rows),
+                "epochs_run": len(state.epochs),
+            },
         )
         with folder_atomic(out / "trials" / trial.name) as folder:
             stack = lockstep.stacks[state.stack]
             if isinstance(trial.method, Full):
                 save_full(folder, base, stack, note)
                 continue
-            save_adapter(folder, stack, state.n, trial.method, note, str(base.model.config._name_or_path or recipe.model))
+            save_adapter(
+                folder, stack, state.n, trial.method, note, str(base.model.config._name_or_path or recipe.model)
+            )
             saved = read_adapter(folder)
             check = tokens.get("test", tokens["train"]).ids[:4]
             mine = [(state.stack, state.n, ids) for ids in check]
@@ -353,11 +412,18 @@ def _save_trials(
                 load_into_(stack, state.n, saved)
                 after = score_rows(base, lockstep.stacks, mine, token_budget=recipe.token_budget)
             else:  # read as another method: its own stack, of the same number of adapters
-                other = [trial.method.saved_as().build(base, stack.classes, [0] * stack.adapters, []) if s == state.stack else k for s, k in enumerate(lockstep.stacks)]
+                other = [
+                    trial.method.saved_as().build(base, stack.classes, [0] * stack.adapters, [])
+                    if s == state.stack
+                    else k
+                    for s, k in enumerate(lockstep.stacks)
+                ]
                 load_into_(other[state.stack], state.n, saved)
                 after = score_rows(base, other, mine, token_budget=recipe.token_budget)
             if before.tobytes() != after.tobytes() and state.finished != "diverged":
-                raise AssertionError(f"{trial.name}: the saved adapter scores rows differently by {np.abs(before - after).max():.2e}")
+                raise AssertionError(
+                    f"{trial.name}: the saved adapter scores rows differently by {np.abs(before - after).max():.2e}"
+                )
 
 
 # -------------------------------------------------------------------- results
@@ -414,18 +480,22 @@ def verdict(trials: list[dict[str, Any]], majority: float | None) -> str:
     if majority is None or not scored:
         return " ".join([*said, "No test rows, so nothing can be said about accuracy."])
     above = [t for t in scored if t["test"]["accuracy_interval"][0] > majority]
-    rows = scored[0]["test"]["rows"]
     said.append(
-        f"{len(above)} of {len(scored)} trials beat always answering the commonest class ({majority:.3f}) by more than their 95 % interval on {rows} test rows."
+        f"{len(above)} of {len(scored)} trials beat always answering the commonest class ({majority:.3f}) "
+        f"by more than their 95 % interval on {scored[0]['test']['rows']} test rows."
     )
     below = [t["name"] for t in scored if t not in above]
     if below and above:
         said.append(f"Not shown to beat it: {', '.join(below)}.")
     if len(scored) > 1:
         best = max(scored, key=lambda t: t["test"]["accuracy"])
-        overlapping = [t for t in scored if t is not best and t["test"]["accuracy_interval"][1] >= best["test"]["accuracy_interval"][0]]
+        low = best["test"]["accuracy_interval"][0]
+        overlapping = [t for t in scored if t is not best and t["test"]["accuracy_interval"][1] >= low]
         if overlapping:
-            said.append(f"{len(overlapping)} of the other {len(scored) - 1} have intervals that overlap the best one's: this table does not rank them.")
+            said.append(
+                f"{len(overlapping)} of the other {len(scored) - 1} have intervals that overlap the best one's: "
+                "this table does not rank them."
+            )
     return " ".join(said)
 
 
@@ -433,7 +503,9 @@ def _write_predictions(path: Path, finished: list[_Finished], dataset: Dataset) 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns: dict[str, list[Any]] = {name: [] for name in ("trial", "method", "seed", "split", "line", "label", "prediction")}
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("trial", "method", "seed", "split", "line", "label", "prediction")
+    }
     names = dataset.label_names
     columns |= {f"probability_{name}": [] for name in names}
     splits = _splits(dataset)
@@ -441,7 +513,15 @@ def _write_predictions(path: Path, finished: list[_Finished], dataset: Dataset) 
         for name, probability_EC in done.probabilities.items():
             split = splits[name]
             for line, label, p_C in zip(split.lines, split.labels, probability_EC, strict=True):
-                row = (done.state.trial.name, done.state.trial.method.name, done.state.trial.seed, name, line, names[label], names[int(p_C.argmax())])
+                row = (
+                    done.state.trial.name,
+                    done.state.trial.method.name,
+                    done.state.trial.seed,
+                    name,
+                    line,
+                    names[label],
+                    names[int(p_C.argmax())],
+                )
                 for column, value in zip(columns, (*row, *p_C.tolist()), strict=True):
                     columns[column].append(value)
     table = pa.table(columns)
