@@ -189,7 +189,7 @@ def _labels(table: Records, column: str) -> list[str]:
         name = value.strip() if isinstance(value, str) else value
         what, hint = None, "fill it in, or delete the row"
         if name is None or name == "":
-            what = f"no label: '{column}' is empty"
+            what = f"no label: '{column}' is missing or empty"
         elif (isinstance(name, float) and name != name) or (isinstance(name, str) and name.lower() == "nan"):
             what = f"no label: '{column}' is NaN"
         elif isinstance(name, bool) or not isinstance(name, int | str):

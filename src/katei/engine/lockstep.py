@@ -106,6 +106,9 @@ class TrialState:
         return self.current_order[1][place * size : (place + 1) * size]
 
 
+LOSS_SCALE = {torch.float16: 1024.0}
+"""Keeps small gradients of a half-precision base from vanishing on their way down; taken back before clipping."""
+
 Watch = Callable[["Lockstep", list[TrialState]], None]
 """Called after each tick with the trials that have just ended an epoch (often none)."""
 
@@ -187,6 +190,7 @@ class Lockstep:
                 noise = _mix(state.trial.seed, "noise", state.step, place)
                 packed = PackedRow(state.stack, state.n, self.train.ids[row], noise)
                 work.append((packed, self.train.labels[row], 1.0 / len(batch), state))
+        scale = LOSS_SCALE.get(self.base.dtype, 1.0)
         lengths = [len(packed.ids) + self.stacks[packed.stack].virtual_tokens for packed, *_ in work]
         for chosen in passes(lengths, self.token_budget):
             rows = [work[i][0] for i in chosen]
@@ -197,9 +201,12 @@ class Lockstep:
                 pooled_BD = self.base.pooled(stream, self.stacks, checkpointing=self.checkpointing)
                 scores = [self.stacks[p.stack].scores(pooled_BD[p.first : p.last], p) for p in stream.parts]
                 nats_B = F.cross_entropy(torch.cat(scores), labels_B, reduction="none")
-                (nats_B * share_B).sum().backward()  # type: ignore[no-untyped-call]
+                (nats_B * share_B).sum().mul(scale).backward()  # type: ignore[no-untyped-call]
             for value, place in zip(nats_B.detach().double().unbind(), stream.order, strict=True):
                 work[chosen[place]][3].nats += value
+        if scale != 1.0:
+            for stack in self.stacks:
+                stack.grad_NM.div_(scale)
         for s, stack in enumerate(self.stacks):
             penalty_N = stack.penalty_N()
             mine = [state.n for state in active if state.stack == s]

@@ -133,7 +133,7 @@ def run_study(
             watcher.say(f"{out} is finished; these are its results (--overwrite trains again)")
             return load_study(out)
         tokenizer = load_tokenizer(str(path))
-        tokens = {name: encode(tokenizer, split, recipe.max_length) for name, split in _splits(dataset).items()}
+        tokens = {name: encode(tokenizer, split, recipe.max_length) for name, split in dataset.splits.items()}
         warnings = [*dataset.warnings, *_cuts(tokenizer, dataset, recipe.max_length)]
         for warning in warnings:
             watcher.say(f"warning: {warning}")
@@ -267,15 +267,10 @@ class _Finished:
     ranks: dict[str, int] | None
 
 
-def _splits(dataset: Dataset) -> dict[str, Split]:
-    named = {"train": dataset.train, "valid": dataset.valid, "test": dataset.test}
-    return {name: split for name, split in named.items() if split is not None}
-
-
 def _cuts(tokenizer: Any, dataset: Dataset, max_length: int) -> list[str]:
     lengths = {
         name: [len(row) for row in tokenizer(list(split.texts))["input_ids"]]
-        for name, split in _splits(dataset).items()
+        for name, split in dataset.splits.items()
     }
     return list(cut_warnings(lengths, max_length))
 
@@ -508,7 +503,7 @@ def _write_predictions(path: Path, finished: list[_Finished], dataset: Dataset) 
     }
     names = dataset.label_names
     columns |= {f"probability_{name}": [] for name in names}
-    splits = _splits(dataset)
+    splits = dataset.splits
     for done in finished:
         for name, probability_EC in done.probabilities.items():
             split = splits[name]
