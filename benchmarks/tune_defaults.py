@@ -1,6 +1,6 @@
 """Which learning rate should be each method's default? Chosen by validation loss; test rows are never read.
 
-    python benchmarks/tune_defaults.py [--model gemma3-270m] [--data poems] [--epochs 4]
+    python benchmarks/tune_defaults.py [--model gemma3-270m] [--data poems] [--epochs 3]
 
 Trains every method at several rates in lockstep and prints one line per trial; docs/methods.md holds the table this printed.
 """
@@ -8,6 +8,7 @@ Trains every method at several rates in lockstep and prints one line per trial; 
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 
 from katei.base.load import load_base
@@ -21,9 +22,9 @@ from katei.methods.contract import Method
 GRID: list[tuple[Method, tuple[float, ...]]] = [
     (METHODS["lora"](), (3e-4, 1e-3, 3e-3)),
     (METHODS["adalora"](), (1e-3, 3e-3, 1e-2)),
-    (METHODS["prompt-tuning"](), (1e-2, 3e-2, 1e-1, 3e-1)),
-    (PromptTuning(init="vocabulary"), (1e-2, 3e-2, 1e-1)),
-    (METHODS["p-tuning"](), (1e-4, 3e-4, 1e-3, 3e-3)),
+    (METHODS["prompt-tuning"](), (3e-2, 1e-1, 3e-1)),
+    (PromptTuning(init="vocabulary"), (3e-2, 1e-1)),
+    (METHODS["p-tuning"](), (3e-4, 1e-3, 3e-3)),
     (METHODS["ia3"](), (3e-3, 1e-2, 3e-2)),
     (METHODS["llama-adapter"](), (3e-3, 1e-2, 3e-2)),
     (METHODS["prefix-tuning"](), (3e-3, 1e-2, 3e-2)),
@@ -35,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="gemma3-270m")
     parser.add_argument("--data", default="poems")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--methods", default=",".join(METHODS))
     options = parser.parse_args()
@@ -64,7 +65,7 @@ def main() -> None:
     lockstep = Lockstep(base, trials, len(dataset.label_names), train, valid)
     print(f"{options.model}, {options.data}: {len(train)} train, {len(valid)} valid rows, {options.epochs} epochs")
     print("| method, rate | train loss | valid loss | valid ROC AUC | valid accuracy | best epoch |\n|---|---|---|---|---|---|", flush=True)
-    lockstep.run()
+    lockstep.run(lambda engine, ended: print(f"epoch {ended[0].epochs[-1].epoch}", file=sys.stderr, flush=True) if ended else None)
     for state in lockstep.states:
         last = state.epochs[-1]
         print(

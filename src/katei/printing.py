@@ -122,16 +122,27 @@ def print_doctor(report: dict[str, Any]) -> None:
         console.print(Text(section, style="bold"))
         for key, value in values.items() if isinstance(values, dict) else enumerate(values):
             console.print(
-                Text(f"  {key!s:<16} {_plain(value)}" if isinstance(values, dict) else f"  {_plain(value)}"),
+                Text(
+                    f"  {str(key).removesuffix('_bytes'):<16} {_plain(_readable(key, value))}"
+                    if isinstance(values, dict)
+                    else f"  {_plain(value)}"
+                ),
                 soft_wrap=True,
             )
         if not values:
             console.print(Text("  none"))
 
 
+def _readable(key: object, value: Any) -> Any:
+    """Bytes, which programs get as integers, in GiB."""
+    return f"{value / 2**30:.2f} GiB" if str(key).endswith("_bytes") and isinstance(value, int) else value
+
+
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
+        return ", ".join(
+            f"{key.removesuffix('_bytes')} {_plain(_readable(key, inner))}" for key, inner in value.items()
+        )
     if isinstance(value, list | tuple):
         return ", ".join(_plain(inner) for inner in value)
     return str(value)

@@ -19,7 +19,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SMALL = ["*.json", "tokenizer.model", "*.txt", "*.jinja"]
 UNWANTED = ["*/*", "consolidated*"]
 TIMEOUT_SECONDS = 5.0
-DEADLINE_SECONDS = 8.0
+DEADLINE_SECONDS = 6.0
 
 
 def hub_folder(name: str, say: Say = silent, *, weights: bool = True) -> Path:

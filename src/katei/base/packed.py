@@ -53,6 +53,16 @@ class Site:
         return self.name.rsplit(".", 1)[-1]
 
 
+def check_ids(ids: Sequence[int], vocabulary: int, tokenizer: Any) -> None:
+    """Raise BaseError for a token the base has no embedding for: some tokenizers know more than their model does."""
+    beyond = next((i for i in ids if i >= vocabulary), None)
+    if beyond is not None:
+        raise BaseError(
+            f"the text holds '{tokenizer.convert_ids_to_tokens(beyond)}', a token this base has no embedding for",
+            hint="take it out of the text",
+        )
+
+
 class Base:
     """One frozen base model: its shape, its sites, and the packed forward.
 
@@ -133,6 +143,7 @@ class Base:
     def tokenize(self, text: str, max_length: int | None = None) -> list[int]:
         """Token ids of one text, with the special tokens its tokenizer adds, cut to `max_length`."""
         ids: list[int] = self.tokenizer(text, truncation=max_length is not None, max_length=max_length)["input_ids"]
+        check_ids(ids, self.vocabulary, self.tokenizer)
         return ids
 
     # ---------------------------------------------------------------- the pass

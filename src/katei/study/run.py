@@ -33,9 +33,9 @@ from transformers import AutoModel
 
 from katei import __version__
 from katei.base.load import load_base, load_config, load_tokenizer, resolve_base
-from katei.base.packed import Base
+from katei.base.packed import Base, check_ids
 from katei.core import metrics
-from katei.core.errors import RunError
+from katei.core.errors import BaseError, DataError, RunError
 from katei.core.files import folder_atomic, write_atomic, write_json, write_text
 from katei.data import Dataset, Split, cut_warnings, load_dataset
 from katei.engine.checkpoint import load_state, save_state
@@ -121,8 +121,12 @@ def run_study(
     started = time.perf_counter()
     dataset = load_dataset(recipe.data, text=recipe.text, label=recipe.label)
     path = resolve_base(recipe.model, say=watcher.say)
+    config, tokenizer = load_config(str(path)), load_tokenizer(str(path))
+    tokens = {
+        name: encode(tokenizer, split, recipe.max_length, config.vocab_size) for name, split in dataset.splits.items()
+    }
     groups = _groups(recipe, len(dataset.train.texts))
-    _check_fit(groups, str(path), len(dataset.label_names))
+    _check_fit(groups, config, tokenizer, len(dataset.label_names))
     identity = sha256((recipe.to_toml() + dataset.sha256).encode()).hexdigest()
     _check_claim(out, recipe, identity, overwrite)
     out.mkdir(parents=True, exist_ok=True)
@@ -132,8 +136,6 @@ def run_study(
         if (out / "results.json").exists():
             watcher.say(f"{out} is finished; these are its results (--overwrite trains again)")
             return load_study(out)
-        tokenizer = load_tokenizer(str(path))
-        tokens = {name: encode(tokenizer, split, recipe.max_length) for name, split in dataset.splits.items()}
         warnings = [*dataset.warnings, *_cuts(tokenizer, dataset, recipe.max_length)]
         for warning in warnings:
             watcher.say(f"warning: {warning}")
@@ -194,9 +196,14 @@ def open_base(name: str, precision: str, device: str, say: Callable[[str], None]
     return Base(loaded.model, loaded.tokenizer, name=name, fingerprint=loaded.fingerprint)
 
 
-def encode(tokenizer: Any, split: Split, max_length: int) -> Tokens:
-    """Token ids of every text, cut to `max_length`."""
+def encode(tokenizer: Any, split: Split, max_length: int, vocabulary: int) -> Tokens:
+    """Token ids of every text, cut to `max_length`. Raises DataError for a token the base does not know."""
     ids = tokenizer(list(split.texts), truncation=True, max_length=max_length)["input_ids"]
+    for line, row in zip(split.lines, ids, strict=True):
+        try:
+            check_ids(row, vocabulary, tokenizer)
+        except BaseError as error:
+            raise DataError(error.message, file=split.file, row=line, hint=error.hint) from None
     return Tokens(tuple(tuple(row) for row in ids), split.labels)
 
 
@@ -269,8 +276,7 @@ class _Finished:
 
 def _cuts(tokenizer: Any, dataset: Dataset, max_length: int) -> list[str]:
     lengths = {
-        name: [len(row) for row in tokenizer(list(split.texts))["input_ids"]]
-        for name, split in dataset.splits.items()
+        name: [len(row) for row in tokenizer(list(split.texts))["input_ids"]] for name, split in dataset.splits.items()
     }
     return list(cut_warnings(lengths, max_length))
 
@@ -291,11 +297,11 @@ def _groups(recipe: Recipe, rows: int) -> list[list[Trial]]:
     return ([shared] if shared else []) + alone
 
 
-def _check_fit(groups: list[list[Trial]], path: str, classes: int) -> None:
+def _check_fit(groups: list[list[Trial]], config: Any, tokenizer: Any, classes: int) -> None:
     """Build every stack over the base's shape, without its weights: what does not fit is found before they are read."""
     with torch.device("meta"):
-        model = AutoModel.from_config(load_config(path)).eval()
-    shape = Base(model, load_tokenizer(path))
+        model = AutoModel.from_config(config).eval()
+    shape = Base(model, tokenizer)
     for trial in (trial for group in groups for trial in group):
         trial.method.build(shape, classes, [0], [TrialFacts(trial.total_steps)])
 
