@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -55,7 +55,7 @@ def test_sizes(language: str, split: str) -> None:
 @pytest.mark.parametrize("split", SIZES)
 def test_rows_are_shuffled(language: str, split: str) -> None:
     labels = [label for _, label in read(language, split)]
-    changes = sum(a != b for a, b in zip(labels, labels[1:], strict=False))
+    changes = sum(a != b for a, b in pairwise(labels))
     assert changes > len(labels) // 5
 
 
