@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from katei.base.stream import Bucket, PackedRow, Stream, build_stream
+from katei.base.stream import Bare, Bucket, PackedRow, Stream, build_stream
 from katei.core.errors import BaseError
 
 if TYPE_CHECKING:
@@ -148,8 +148,11 @@ class Base:
 
     # ---------------------------------------------------------------- the pass
 
-    def stream(self, rows: Sequence[PackedRow], stacks: Sequence[Stack]) -> Stream:
-        return build_stream(rows, stacks, [stack.adapters for stack in stacks], self.device)
+    def stream(
+        self, rows: Sequence[PackedRow], stacks: Sequence[Stack], entries: Sequence[int] | None = None
+    ) -> Stream:
+        """Lay out rows for one pass; `entries[s]` is the layer at which rows of stack s join it, 0 without it."""
+        return build_stream(rows, stacks, [stack.adapters for stack in stacks], self.device, entries, self.depth)
 
     @contextmanager
     def running(self, stream: Stream, stacks: Sequence[Stack]) -> Iterator[None]:
@@ -163,14 +166,25 @@ class Base:
             for part in stream.parts:
                 part.memo.clear()
 
-    def pooled(self, stream: Stream, stacks: Sequence[Stack], *, checkpointing: bool = False) -> Tensor:
-        """Hidden state of each row's last true token after the final norm: (B, D), in the stream's order. Call inside `running`."""
-        h_TD = self.layers_forward(stream, self.embed(stream, stacks), checkpointing=checkpointing)
+    def pooled(
+        self,
+        stream: Stream,
+        stacks: Sequence[Stack],
+        *,
+        joining: Mapping[int, Tensor] | None = None,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        """Hidden state of each row's last true token after the final norm: (B, D), in the stream's order. Call inside `running`.
+
+        `joining` holds, for each phase that does not begin at the embedding, what enters its layer: (tokens, D).
+        """
+        h_TD = self.layers_forward(stream, stacks, joining=joining, checkpointing=checkpointing)
         pooled_BD: Tensor = self.norm(h_TD[stream.last_B][None])[0]
         return pooled_BD
 
     def embed(self, stream: Stream, stacks: Sequence[Stack]) -> Tensor:
-        h_TD: Tensor = self.embedding(stream.ids_T)
+        """What enters the first layer, for the tokens of the first phase: (T, D)."""
+        h_TD: Tensor = self.embedding(stream.ids_T[: stream.phases[0].tokens])
         if stream.virtual_T is not None:
             vectors = [
                 stacks[part.stack].embed()[part.adapter_B].flatten(0, 1)
@@ -180,12 +194,41 @@ class Base:
             h_TD = h_TD.index_copy(0, stream.virtual_T, torch.cat(vectors).to(h_TD.dtype))
         return h_TD
 
-    def layers_forward(self, stream: Stream, h_TD: Tensor, *, first: int = 0, checkpointing: bool = False) -> Tensor:
-        """Layers `first` … end over the stream. Needs no position but the stream's own."""
+    def layers_forward(
+        self,
+        stream: Stream,
+        stacks: Sequence[Stack],
+        *,
+        joining: Mapping[int, Tensor] | None = None,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        """The stream after the last layer, before the final norm: (T, D)."""
+        h_TD = self.embed(stream, stacks) if stream.phases[0].first_layer == 0 else None
+        ends = [phase.first_layer for phase in stream.phases[1:]] + [self.depth]
+        for phase, end in zip(stream.phases, ends, strict=True):
+            if phase.first_layer:
+                new_TD = (joining or {})[phase.first_layer]
+                h_TD = new_TD if h_TD is None else torch.cat([h_TD, new_TD])
+            assert h_TD is not None
+            h_TD = self._run_layers(stream, h_TD, phase.first_layer, end, checkpointing)
+        assert h_TD is not None
+        return h_TD
+
+    def hidden_at(self, stream: Stream, stacks: Sequence[Stack], layers: Sequence[int]) -> dict[int, Tensor]:
+        """What enters each of `layers` (rising; `depth` is what leaves the last one), for a stream of one phase: (T, D) each."""
+        out: dict[int, Tensor] = {}
+        h_TD, first = self.embed(stream, stacks), 0
+        for layer in layers:
+            out[layer] = h_TD = self._run_layers(stream, h_TD, first, layer, checkpointing=False)
+            first = layer
+        return out
+
+    def _run_layers(self, stream: Stream, h_TD: Tensor, first: int, last: int, checkpointing: bool) -> Tensor:
         h_1TD = h_TD[None]
-        position_1T = stream.position_T[None]
-        rotary = self._rotary(h_1TD, position_1T)
-        for index in range(first, self.depth):
+        if first < last:
+            position_1T = stream.position_T[None, : h_TD.shape[0]]
+            rotary = self._rotary(h_1TD, position_1T)
+        for index in range(first, last):
             kwargs = self._layer_kwargs(index, position_1T, rotary)
             if checkpointing and torch.is_grad_enabled():
                 h_1TD = recompute(self.layers[index], h_1TD, use_reentrant=False, **kwargs)
@@ -234,7 +277,8 @@ class Base:
         stream, stacks = self._running
         q_THK, k_TGK, v_TGK = (x[0].transpose(0, 1) for x in (q_1HTK, k_1GTK, v_1GTK))
         outs = []
-        for bucket in stream.buckets:
+        phase = stream.phase(block.layer_idx)
+        for bucket in phase.buckets:
             q, k, v = (_to_bucket(x, bucket) for x in (q_THK, k_TGK, v_TGK))
             part = None if bucket.part is None else stream.parts[bucket.part]
             stack = None if part is None else stacks[part.stack]
@@ -248,8 +292,8 @@ class Base:
                 out = stack.attend(block, q, out, bucket.adapter_B, part, scaling)
             outs.append(out.transpose(1, 2).flatten(0, 1))
         out_THK = outs[0] if len(outs) == 1 else torch.cat(outs)
-        if stream.scatter_T is not None:
-            out_THK = out_THK.index_select(0, stream.scatter_T)
+        if phase.scatter_T is not None:
+            out_THK = out_THK.index_select(0, phase.scatter_T)
         return out_THK[None]
 
     # ---------------------------------------------------------------- how this architecture calls its layers
@@ -273,7 +317,7 @@ class Base:
         if hasattr(self.model, "rotary_emb"):
             handles.append(self.model.rotary_emb.register_forward_hook(see_rotary, with_kwargs=True))
         rows = [PackedRow(0, 0, [0, 1 % self.vocabulary, 2 % self.vocabulary])]
-        stacks: list[Any] = [_NoStack()]
+        stacks: list[Any] = [Bare()]
         stream = build_stream(rows, stacks, [1], self.device)
         try:
             with torch.no_grad(), self.running(stream, stacks):
@@ -305,7 +349,7 @@ class Base:
                     kept[key] = value
             self._layer_calls.append(kept)
         with torch.no_grad(), self.running(stream, stacks):
-            ours_TD = self.norm(self.layers_forward(stream, self.embed(stream, stacks))[None])[0]
+            ours_TD = self.norm(self.layers_forward(stream, stacks)[None])[0]
         tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
         scale = own_1TD.float().abs().max().clamp_min(1e-6)
         if own_1TD.device.type != "meta" and not bool(
@@ -357,16 +401,6 @@ class _Reference:
 
     def __init__(self, base: Base):
         self.base = base
-
-
-class _NoStack:
-    """The probe's rows belong to nobody."""
-
-    virtual_tokens = 0
-    prefix_tokens = 0
-    attends = False
-    adapters = 1
-    linear_sites: Mapping[str, object] = {}
 
 
 def _unsupported(model_type: str, why: str) -> BaseError:

@@ -10,7 +10,7 @@ Dimensions: T tokens of the stream · B rows · N adapters of a stack · L longe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,6 +35,16 @@ class RowShape(Protocol):
     virtual_tokens: int
     prefix_tokens: int
     attends: bool
+
+
+class Bare:
+    """Rows of nobody: the base as it is."""
+
+    virtual_tokens = 0
+    prefix_tokens = 0
+    attends = False
+    adapters = 1
+    linear_sites: Mapping[str, object] = {}
 
 
 @dataclass
@@ -104,6 +114,23 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """From layer `first_layer` on, the first `tokens` tokens of the stream are there.
+
+    Rows whose adapter acts only on the top layers join late: what enters that layer is the base's own and was computed once
+    (`katei.engine.cache`). Rows are ordered by when they join, so each phase is a longer beginning of the same stream.
+    """
+
+    first_layer: int
+    tokens: int
+    joining: tuple[tuple[int, ...], ...]
+    """Token ids of the rows that join here; of a row that joins after the last layer the pooled token alone is there."""
+    buckets: tuple[Bucket, ...]
+    scatter_T: Tensor | None
+    """Where each token stands in the concatenated buckets, or None where one rectangle is the whole."""
+
+
+@dataclass(frozen=True)
 class Stream:
     ids_T: Tensor
     position_T: Tensor
@@ -112,9 +139,7 @@ class Stream:
     virtual_T: Tensor | None
     """Stream positions of all virtual tokens, parts in order, or None."""
     parts: tuple[Part, ...]
-    buckets: tuple[Bucket, ...]
-    scatter_T: Tensor | None
-    """Where each stream token stands in the concatenated buckets, or None where one rectangle is the stream."""
+    phases: tuple[Phase, ...]
     order: tuple[int, ...]
     """`order[i]` is the place in the caller's list of the stream's row i."""
     lengths: tuple[int, ...]
@@ -122,6 +147,10 @@ class Stream:
     @property
     def tokens(self) -> int:
         return int(self.ids_T.shape[0])
+
+    def phase(self, layer: int) -> Phase:
+        """The phase `layer` runs in."""
+        return next(phase for phase in reversed(self.phases) if phase.first_layer <= layer)
 
     def unsort(self, x_B: Tensor) -> Tensor:
         """Rows back in the caller's order."""
@@ -135,13 +164,20 @@ PADDING = 0.6
 
 
 def build_stream(
-    rows: Sequence[PackedRow], stacks: Sequence[RowShape], adapters: Sequence[int], device: torch.device
+    rows: Sequence[PackedRow],
+    stacks: Sequence[RowShape],
+    adapters: Sequence[int],
+    device: torch.device,
+    entries: Sequence[int] | None = None,
+    depth: int = 0,
 ) -> Stream:
-    """Order rows by (stack, adapter), lay them end to end and plan the attention calls.
+    """Order rows by (entry layer, stack, adapter), lay them end to end and plan the attention calls.
 
-    `adapters[s]` is the number of adapters in stack s.
+    `adapters[s]` is the number of adapters in stack s, `entries[s]` the layer its rows join at (all at 0 without it);
+    rows that join at `depth`, after the last layer, are there with their pooled token alone.
     """
-    order = sorted(range(len(rows)), key=lambda i: (rows[i].stack, rows[i].adapter))
+    entry = entries or [0] * len(stacks)
+    order = sorted(range(len(rows)), key=lambda i: (entry[rows[i].stack], rows[i].stack, rows[i].adapter))
     ids: list[int] = []
     positions: list[int] = []
     virtual: list[int] = []
@@ -149,17 +185,18 @@ def build_stream(
     lengths: list[int] = []
     for i in order:
         row, shape = rows[i], stacks[rows[i].stack]
-        length = shape.virtual_tokens + len(row.ids)
+        own_ids = row.ids[-1:] if 0 < depth <= entry[row.stack] else row.ids
+        length = shape.virtual_tokens + len(own_ids)
         starts.append(len(ids))
         lengths.append(length)
         virtual.extend(range(len(ids), len(ids) + shape.virtual_tokens))
         ids.extend([0] * shape.virtual_tokens)
-        ids.extend(row.ids)
+        ids.extend(own_ids)
         positions.extend(range(shape.prefix_tokens, shape.prefix_tokens + length))
 
     parts = []
     sorted_rows = [rows[i] for i in order]
-    for stack in sorted({row.stack for row in rows}):
+    for stack in dict.fromkeys(row.stack for row in sorted_rows):
         first = next(b for b, row in enumerate(sorted_rows) if row.stack == stack)
         last = first + sum(row.stack == stack for row in sorted_rows)
         owners = torch.tensor([row.adapter for row in sorted_rows[first:last]])
@@ -178,15 +215,25 @@ def build_stream(
             )
         )
 
-    buckets, scatter = _plan_buckets(starts, lengths, parts, stacks, len(ids), device)
+    row_entries = [entry[row.stack] for row in sorted_rows]
+    phases = []
+    for first_layer in sorted(set(row_entries)):
+        present = sum(e <= first_layer for e in row_entries)
+        there = [part for part in parts if part.last <= present]
+        tokens = starts[present - 1] + lengths[present - 1]
+        buckets: tuple[Bucket, ...] = ()
+        scatter = None
+        if not 0 < depth <= first_layer:
+            buckets, scatter = _plan_buckets(starts[:present], lengths[:present], there, stacks, tokens, device)
+        joining = [tuple(r.ids) for r, e in zip(sorted_rows, row_entries, strict=True) if e == first_layer]
+        phases.append(Phase(first_layer, tokens, tuple(joining), buckets, scatter))
     return Stream(
         ids_T=torch.tensor(ids).to(device),
         position_T=torch.tensor(positions).to(device),
         last_B=torch.tensor([s + n - 1 for s, n in zip(starts, lengths, strict=True)]).to(device),
         virtual_T=torch.tensor(virtual).to(device) if virtual else None,
         parts=tuple(parts),
-        buckets=buckets,
-        scatter_T=scatter,
+        phases=tuple(phases),
         order=tuple(order),
         lengths=tuple(lengths),
     )
@@ -239,3 +286,17 @@ def _plan_buckets(
             offset += len(inside) * longest
     whole = len(buckets) == 1 and buckets[0].gather_T is None
     return tuple(buckets), None if whole else place.to(device)
+
+
+def passes(lengths: Sequence[int], token_budget: int) -> Iterable[list[int]]:
+    """Indices in order, cut where a pass would exceed the budget; a longer row goes alone."""
+    chosen: list[int] = []
+    tokens = 0
+    for i, length in enumerate(lengths):
+        if chosen and tokens + length > token_budget:
+            yield chosen
+            chosen, tokens = [], 0
+        chosen.append(i)
+        tokens += length
+    if chosen:
+        yield chosen

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from katei.base.packed import Base, place_number
-from katei.base.stream import PackedRow
+from katei.base.stream import PackedRow, passes
 from katei.core import metrics
+from katei.engine.cache import ActivationCache
 from katei.engine.optimizer import AdamW, Training
 from katei.methods.contract import Method, Stack, TrialFacts
 
@@ -129,12 +130,14 @@ class Lockstep:
         *,
         token_budget: int = 2048,
         checkpointing: bool = False,
+        cache: bool = True,
     ):
         self.base, self.train, self.valid, self.classes = base, train, valid, classes
         self.token_budget, self.checkpointing = token_budget, checkpointing
         self.stacks: list[Stack] = []
         self.states: list[TrialState] = []
         self.trained_rows = 0
+        self.cache_filled = False
         self.seconds = {"train": 0.0, "evaluate": 0.0}
         members: dict[Method, list[Trial]] = {}
         for trial in trials:
@@ -144,6 +147,9 @@ class Lockstep:
             facts = [TrialFacts(trial.total_steps) for trial in group]
             self.stacks.append(method.build(base, classes, [_mix(trial.seed, "init") for trial in group], facts))
             placed |= {trial.name: (s, n) for n, trial in enumerate(group)}
+        # where each stack's rows join the stream: below it they are the base's own, computed once and kept
+        self.entries = [stack.lowest_layer if cache else 0 for stack in self.stacks]
+        self.cache = ActivationCache(base, self.entries, token_budget=token_budget)
         assert len(placed) == len(trials), "trial names are unique"
         for trial in trials:
             s, n = placed[trial.name]
@@ -164,6 +170,9 @@ class Lockstep:
     def tick(self) -> list[TrialState]:
         """One optimizer step of every active trial; returns those that ended an epoch with it."""
         started = time.perf_counter()
+        if not self.cache_filled:
+            self.cache.fill([*self.train.ids, *(self.valid.ids if self.valid else ())])
+            self.cache_filled = True
         active = [state for state in self.states if state.finished is None]
         batches = [state.batch() for state in active]
         self._gradients(active, batches)
@@ -194,11 +203,12 @@ class Lockstep:
         lengths = [len(packed.ids) + self.stacks[packed.stack].virtual_tokens for packed, *_ in work]
         for chosen in passes(lengths, self.token_budget):
             rows = [work[i][0] for i in chosen]
-            stream = self.base.stream(rows, self.stacks)
+            stream = self.base.stream(rows, self.stacks, self.entries)
+            joining = self.cache.joining(stream)
             labels_B = torch.tensor([work[chosen[i]][1] for i in stream.order]).to(self.base.device)
             share_B = torch.tensor([work[chosen[i]][2] for i in stream.order]).to(self.base.device)
             with self.base.running(stream, self.stacks):
-                pooled_BD = self.base.pooled(stream, self.stacks, checkpointing=self.checkpointing)
+                pooled_BD = self.base.pooled(stream, self.stacks, joining=joining, checkpointing=self.checkpointing)
                 scores = [self.stacks[p.stack].scores(pooled_BD[p.first : p.last], p) for p in stream.parts]
                 nats_B = F.cross_entropy(torch.cat(scores), labels_B, reduction="none")
                 (nats_B * share_B).sum().mul(scale).backward()  # type: ignore[no-untyped-call]
@@ -251,7 +261,11 @@ class Lockstep:
     def probabilities(self, jobs: Sequence[tuple[TrialState, Tokens]]) -> list[NDArray[np.float64]]:
         """Class probabilities of each job's rows, (rows, C), in the job's order: trials side by side in shared passes."""
         rows = [(state.stack, state.n, ids) for state, tokens in jobs for ids in tokens.ids]
-        scores = score_rows(self.base, self.stacks, rows, token_budget=self.token_budget)
+        for _, tokens in jobs:
+            self.cache.fill(tokens.ids)
+        scores = score_rows(
+            self.base, self.stacks, rows, token_budget=self.token_budget, entries=self.entries, cache=self.cache
+        )
         out, start = [], 0
         for _, tokens in jobs:
             out.append(scores[start : start + len(tokens)])
@@ -260,33 +274,29 @@ class Lockstep:
 
 
 def score_rows(
-    base: Base, stacks: Sequence[Stack], rows: Sequence[tuple[int, int, Sequence[int]]], *, token_budget: int
+    base: Base,
+    stacks: Sequence[Stack],
+    rows: Sequence[tuple[int, int, Sequence[int]]],
+    *,
+    token_budget: int,
+    entries: Sequence[int] | None = None,
+    cache: ActivationCache | None = None,
 ) -> NDArray[np.float64]:
-    """Class probabilities, (rows, C), of `(stack, adapter, ids)` rows in the order given."""
+    """Class probabilities, (rows, C), of `(stack, adapter, ids)` rows in the order given.
+
+    With `cache`, rows of stack s join at layer `entries[s]` with what the cache holds.
+    """
     packed = [PackedRow(stack, n, ids) for stack, n, ids in rows]
     lengths = [len(row.ids) + stacks[row.stack].virtual_tokens for row in packed]
     result = np.empty((len(rows), stacks[0].classes))
     for chosen in passes(lengths, token_budget):
-        stream = base.stream([packed[i] for i in chosen], stacks)
+        stream = base.stream([packed[i] for i in chosen], stacks, entries if cache else None)
+        joining = cache.joining(stream) if cache else None
         with torch.no_grad(), base.running(stream, stacks):
-            pooled_BD = base.pooled(stream, stacks)
+            pooled_BD = base.pooled(stream, stacks, joining=joining)
             scores_BC = torch.cat([stacks[p.stack].scores(pooled_BD[p.first : p.last], p) for p in stream.parts])
         result[chosen] = torch.softmax(stream.unsort(scores_BC).double(), 1).cpu().numpy()
     return result
-
-
-def passes(lengths: Sequence[int], token_budget: int) -> Iterable[list[int]]:
-    """Indices in order, cut where a pass would exceed the budget; a longer row goes alone."""
-    chosen: list[int] = []
-    tokens = 0
-    for i, length in enumerate(lengths):
-        if chosen and tokens + length > token_budget:
-            yield chosen
-            chosen, tokens = [], 0
-        chosen.append(i)
-        tokens += length
-    if chosen:
-        yield chosen
 
 
 def _mix(seed: int, purpose: str, *numbers: Any) -> int:
