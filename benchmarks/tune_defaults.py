@@ -20,15 +20,15 @@ from katei.methods import METHODS, PromptTuning
 from katei.methods.contract import Method
 
 GRID: list[tuple[Method, tuple[float, ...]]] = [
-    (METHODS["lora"](), (3e-4, 1e-3, 3e-3)),
-    (METHODS["adalora"](), (1e-3, 3e-3, 1e-2)),
-    (METHODS["prompt-tuning"](), (3e-2, 1e-1, 3e-1)),
-    (PromptTuning(init="vocabulary"), (3e-2, 1e-1)),
+    (METHODS["lora"](), (1e-4, 3e-4, 1e-3, 3e-3)),
+    (METHODS["adalora"](), (3e-4, 1e-3, 3e-3, 1e-2)),
+    (METHODS["prompt-tuning"](), (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
+    (PromptTuning(init="vocabulary"), (1e-2, 3e-2, 1e-1)),
     (METHODS["p-tuning"](), (3e-4, 1e-3, 3e-3)),
-    (METHODS["ia3"](), (3e-3, 1e-2, 3e-2)),
-    (METHODS["llama-adapter"](), (3e-3, 1e-2, 3e-2)),
-    (METHODS["prefix-tuning"](), (3e-3, 1e-2, 3e-2)),
-    (METHODS["head"](), (1e-3, 3e-3, 1e-2)),
+    (METHODS["ia3"](), (1e-3, 3e-3, 1e-2, 3e-2)),
+    (METHODS["llama-adapter"](), (1e-3, 3e-3, 1e-2, 3e-2)),
+    (METHODS["prefix-tuning"](), (1e-3, 1e-2, 1e-1)),
+    (METHODS["head"](), (1e-4, 1e-3, 1e-2)),
 ]
 
 

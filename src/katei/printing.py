@@ -28,6 +28,8 @@ def print_study(study: Study) -> None:
     console = _console()
     trials = study.results["trials"]
     console.print(Columns([_epoch_table(trial) for trial in trials], padding=(0, 4)))
+    if any(trial["best_epoch"] for trial in trials):
+        console.print(Text("* lowest validation loss", style="dim"))
     if any(trial["test"] for trial in trials):
         console.print(_score_table(trials, study.results["majority_accuracy"]))
     console.print(Text(study.results["verdict"]))

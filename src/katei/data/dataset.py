@@ -139,8 +139,10 @@ def _folder(folder: Path) -> _Source:
         split = SPLIT_OF_NAME.get(name)
         if split is None or not rest or entry.is_dir():
             continue
+        if rest.startswith("predictions."):
+            continue  # what `katei predict` writes beside its input
         if f".{rest}" not in READERS:
-            warnings.append(f"{entry} is not read: its name does not end in {', '.join(READERS)}.")
+            warnings.append(f"{entry} is not read: a split's name is {name} and one of {', '.join(READERS)}.")
         elif split in found:
             what = f"two files for the {split} split: {found[split].name} and {entry.name}"
             raise DataError(what, file=folder, hint="keep one: remove or rename the other")
