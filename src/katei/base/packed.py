@@ -178,6 +178,8 @@ class Base:
 
         `joining` holds, for each phase that does not begin at the embedding, what enters its layer: (tokens, D).
         """
+        for part in stream.parts:
+            part.recomputed = checkpointing
         h_TD = self.layers_forward(stream, stacks, joining=joining, checkpointing=checkpointing)
         pooled_BD: Tensor = self.norm(h_TD[stream.last_B][None])[0]
         return pooled_BD

@@ -63,8 +63,12 @@ class Part:
     adapters: int
     memo: dict[object, Tensor] = field(default_factory=dict)
     """Tensors computed once per pass and used at several places; gone with the pass, so nothing outlives a step."""
+    recomputed: bool = False
+    """Layers run twice (gradient checkpointing): then both runs must do the same, and nothing is kept between them."""
 
     def once(self, key: object, compute: Callable[[], Tensor]) -> Tensor:
+        if self.recomputed:
+            return compute()
         if key not in self.memo:
             self.memo[key] = compute()
         return self.memo[key]

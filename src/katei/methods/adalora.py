@@ -48,7 +48,7 @@ from katei.methods.lora import check_low_rank, low_rank
 class AdaLoRA(Method):
     name: ClassVar[str] = "adalora"
     peft_type: ClassVar[str | None] = "ADALORA"
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = True
 
     rank: int = 12

@@ -21,7 +21,7 @@ from katei.methods.contract import Method, Stack, TrialFacts, fill_
 class HeadOnly(Method):
     name: ClassVar[str] = "head"
     peft_type: ClassVar[str | None] = None
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = True
 
     def build(self, base: Base, classes: int, seeds: Sequence[int], facts: Sequence[TrialFacts]) -> HeadOnlyStack:

@@ -33,7 +33,7 @@ SCALES_KEYS = ("llama", "mistral")
 class IA3(Method):
     name: ClassVar[str] = "ia3"
     peft_type: ClassVar[str | None] = "IA3"
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = True
 
     targets: tuple[str, ...] | None = None

@@ -34,7 +34,7 @@ from katei.methods.prompt_tuning import check_length
 class LLaMAAdapter(Method):
     name: ClassVar[str] = "llama-adapter"
     peft_type: ClassVar[str | None] = "ADAPTION_PROMPT"
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = False
 
     layers: int = 8

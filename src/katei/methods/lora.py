@@ -42,7 +42,7 @@ from katei.methods.contract import (
 class LoRA(Method):
     name: ClassVar[str] = "lora"
     peft_type: ClassVar[str | None] = "LORA"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-4
     merges: ClassVar[bool] = True
 
     rank: int = 8

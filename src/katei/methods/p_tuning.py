@@ -32,7 +32,7 @@ from katei.methods.prompt_tuning import PromptTuning, check_length, peft_dims
 class PTuning(Method):
     name: ClassVar[str] = "p-tuning"
     peft_type: ClassVar[str | None] = "P_TUNING"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-3
     merges: ClassVar[bool] = False
 
     virtual_tokens: int = 10

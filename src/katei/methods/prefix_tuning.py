@@ -31,7 +31,7 @@ from katei.methods.prompt_tuning import check_length, peft_dims
 class PrefixTuning(Method):
     name: ClassVar[str] = "prefix-tuning"
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = False
 
     virtual_tokens: int = 10

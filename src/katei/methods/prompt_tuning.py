@@ -30,7 +30,7 @@ PEFT_INIT = {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB", "text": "TEXT"}
 class PromptTuning(Method):
     name: ClassVar[str] = "prompt-tuning"
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
-    learning_rate: ClassVar[float] = 3e-2
+    learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = False
 
     virtual_tokens: int = 10

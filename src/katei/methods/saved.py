@@ -19,17 +19,53 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, isfinite
 
 from katei import __version__
 from katei.base.packed import Base
-from katei.core.errors import AdapterError
+from katei.core.errors import AdapterError, UserError
 from katei.core.files import write_json
 from katei.methods import METHODS, build_method
 from katei.methods.contract import HEAD, Method, Stack, TrialFacts
+from katei.methods.full import Full
 
 PROMPT_TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 """peft keeps these vectors on its own model, so their files' names carry no path into the base."""
+
+READ = {
+    "LORA": ("r", "lora_alpha", "lora_dropout", "use_rslora"),
+    "ADALORA": ("init_r", "target_r", "lora_alpha", "lora_dropout", "rank_pattern"),
+    "IA3": ("feedforward_modules",),
+    "PROMPT_TUNING": ("num_virtual_tokens",),
+    "P_TUNING": ("num_virtual_tokens",),
+    "PREFIX_TUNING": ("num_virtual_tokens",),
+    "ADAPTION_PROMPT": ("adapter_len", "adapter_layers"),
+}
+"""What each kind of adapter_config.json says about the function computed, and katei reads."""
+
+NO_MATTER = {
+    "": "auto_mapping base_model_name_or_path inference_mode modules_to_save peft_type peft_version revision target_modules "
+    "task_type",
+    "LORA": "corda_config ensure_weight_tying ephemeral_gpu_offload eva_config exclude_modules fan_in_fan_out "
+    "init_lora_weights layers_pattern loftq_config lora_ga_config megatron_config megatron_core qalora_group_size "
+    "runtime_config velora_config",
+    "ADALORA": "beta1 beta2 corda_config deltaT ensure_weight_tying eva_config exclude_modules fan_in_fan_out "
+    "init_lora_weights layers_pattern loftq_config lora_ga_config megatron_config megatron_core orth_reg_weight "
+    "qalora_group_size r runtime_config tfinal tinit total_step use_rslora velora_config",
+    "IA3": "exclude_modules fan_in_fan_out init_ia3_weights",
+    "PROMPT_TUNING": "prompt_tuning_init prompt_tuning_init_text tokenizer_kwargs tokenizer_name_or_path",
+    "P_TUNING": "encoder_dropout encoder_hidden_size encoder_num_layers encoder_reparameterization_type",
+    "PREFIX_TUNING": "encoder_hidden_size init_weights",
+    "ADAPTION_PROMPT": "",
+}
+"""Options of peft 0.21 that say how an adapter was trained or stored: what was loaded computes the same without them. Any other
+option must be off, or the adapter is refused: nothing that changes the function is passed over."""
+
+PROMPT_SHAPE = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules")
+"""Repeated by the shape of the vectors themselves, which is checked."""
+
+INITS_OF_THE_ADAPTER = (True, False, None, "gaussian", "orthogonal", "eva")
+"""`init_lora_weights` that leave the base as it is; the others (pissa, olora, loftq …) change its weights too."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +144,11 @@ def save_adapter(folder: Path, stack: Stack, n: int, method: Method, note: Adapt
     write_json(folder / "katei.json", asdict(note))
 
 
-def read_adapter(folder: Path) -> SavedAdapter:
-    """Read what katei or peft saved. Raises AdapterError; nothing is executed, only JSON and safetensors are read."""
+def read_adapter(folder: Path, *, diverged: bool = False) -> SavedAdapter:
+    """Read what katei or peft saved. Raises AdapterError; nothing is executed, only JSON and safetensors are read.
+
+    `diverged` lets numbers pass that are not finite.
+    """
     if not folder.is_dir():
         raise AdapterError("no such adapter folder", file=folder, hint="a trial's folder, such as RUN/trials/lora")
     note = _read_note(folder)
@@ -119,6 +158,12 @@ def read_adapter(folder: Path) -> SavedAdapter:
             "no adapter_config.json and no katei.json here",
             file=folder,
             hint="a trial's folder, such as RUN/trials/lora",
+        )
+    if note is not None and note.method == Full.name:
+        raise AdapterError(
+            "is a fully fine-tuned model, not an adapter",
+            file=folder,
+            hint="`katei predict` and `katei evaluate` take it, transformers' AutoModelForSequenceClassification too",
         )
     tensors: dict[str, Tensor] = {}
     if config is not None:
@@ -142,6 +187,15 @@ def read_adapter(folder: Path) -> SavedAdapter:
         )
     head_CD = next(iter(head.values())).float()
     method = _method(config, note, folder)
+    classes = len(note.labels) if note is not None else max(2, len(head_CD) if head_CD.ndim else 0)
+    if head_CD.ndim != 2 or len(head_CD) != classes:
+        raise AdapterError(
+            f"the head has shape {tuple(head_CD.shape)}, but the labels are {classes}: it should be (classes, width)",
+            file=folder,
+            hint="copy or train it again",
+        )
+    if not diverged:
+        _check_finite({**tensors, "score.weight": head_CD}, folder)
     if note is None:
         assert config is not None
         base = str(config.get("base_model_name_or_path") or "")
@@ -181,20 +235,67 @@ def _unprefixed(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None)
 
 
 def _method(config: Mapping[str, Any] | None, note: AdapterNote | None, folder: Path) -> Method:
-    if note is not None:
-        return build_method(note.method, note.settings, where=str(folder / "katei.json"))
-    assert config is not None
+    """The method, from the note or from peft's config; where there are both they must agree."""
+    from_peft = None if config is None else _peft_method(config, folder / "adapter_config.json")
+    if note is None:
+        assert from_peft is not None
+        return from_peft
+    try:
+        method = build_method(note.method, note.settings, where="settings")
+    except UserError as error:
+        raise AdapterError(error.message, file=folder / "katei.json", hint=error.hint) from None
+    if from_peft is None:
+        if method.peft_type is not None:
+            raise AdapterError("adapter_config.json is missing", file=folder, hint="copy the adapter's folder again, whole")
+        return method
+    ours, theirs = {"method": note.method, **method.settings()}, {"method": from_peft.name, **from_peft.settings()}
+    for key in ("method", "rank", "alpha", "rslora", "virtual_tokens", "layers", "length"):
+        if key in ours and key in theirs and ours[key] != theirs[key]:
+            raise AdapterError(
+                f"katei.json says {key} = {ours[key]!r}, adapter_config.json {theirs[key]!r}",
+                file=folder,
+                hint="remove katei.json if peft saved this adapter; labels are then 0, 1, …",
+            )
+    return method
+
+
+def _peft_method(config: Mapping[str, Any], file: Path) -> Method:
     kind = config.get("peft_type")
     cls = next((m for m in METHODS.values() if m.peft_type is not None and m.peft_type == kind), None)
     if cls is None:
         known = ", ".join(m.peft_type for m in METHODS.values() if m.peft_type)
-        raise AdapterError(
-            f"katei does not know peft's {kind}", file=folder / "adapter_config.json", hint=f"it reads {known}"
-        )
+        raise AdapterError(f"katei does not know peft's {kind}", file=file, hint=f"it reads {known}")
+    _check_options(config, str(kind), file)
     try:
-        return cls.from_peft(config)
+        method = cls.from_peft(config)
+        return build_method(cls.name, method.settings(), where="its settings")  # checks their types
     except KeyError as missing:
-        raise AdapterError(f"adapter_config.json has no {missing}", file=folder / "adapter_config.json") from None
+        raise AdapterError(f"has no {missing}", file=file, hint="save the adapter again with peft") from None
+    except UserError as error:
+        raise AdapterError(error.message, file=file, hint=error.hint) from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise AdapterError(f"is not a config peft wrote: {error}", file=file, hint="save it again with peft") from None
+
+
+def _check_options(config: Mapping[str, Any], kind: str, file: Path) -> None:
+    """Raise AdapterError for an option katei neither reads nor may pass over, unless it is off."""
+    known = {*READ[kind], *NO_MATTER[""].split(), *NO_MATTER[kind].split()}
+    if kind in PROMPT_TYPES:
+        known |= set(PROMPT_SHAPE)
+    for name, value in config.items():
+        if name not in known and value not in (None, False, [], {}, "", "none"):
+            raise AdapterError(
+                f"was made with {name} = {value!r}, which katei does not implement",
+                file=file,
+                hint="merge it in peft (merge_and_unload) and use the result as a base, or train again without it",
+            )
+    init = config.get("init_lora_weights")
+    if kind in ("LORA", "ADALORA") and init not in INITS_OF_THE_ADAPTER:
+        raise AdapterError(
+            f"was made with init_lora_weights = {init!r}, which changes the base's weights too",
+            file=file,
+            hint="convert it in peft: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )
 
 
 def _read_note(folder: Path) -> AdapterNote | None:
@@ -208,16 +309,30 @@ def _read_note(folder: Path) -> AdapterNote | None:
             raise TypeError("labels must be two or more strings")
         return AdapterNote(**{**value, "labels": tuple(note.labels)})
     except TypeError as error:
-        raise AdapterError(f"not a note katei wrote: {error}", file=path) from None
+        raise AdapterError(
+            f"not a note katei wrote: {error}", file=path, hint="copy the adapter's folder again, whole"
+        ) from None
+
+
+def _check_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    for name, tensor in tensors.items():
+        if not bool(isfinite(tensor).all()):
+            raise AdapterError(
+                f"{name} holds numbers that are infinite or not numbers",
+                file=folder,
+                hint="the trial diverged: train it again with a smaller learning rate (--lr)",
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"cannot be read: {error}", file=path) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(
+            f"cannot be read: {error}", file=path, hint="copy the adapter's folder again, whole"
+        ) from None
     if not isinstance(value, dict):
-        raise AdapterError("is not a JSON object", file=path)
+        raise AdapterError("is not a JSON object", file=path, hint="copy the adapter's folder again, whole")
     return value
 
 

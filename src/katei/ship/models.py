@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from katei.base.packed import Base
+from katei.base.quiet import forget_how_loaded, quiet
 from katei.core.errors import AdapterError, CannotMerge
 from katei.core.files import folder_atomic, write_json
 from katei.engine.lockstep import score_rows
@@ -103,21 +104,24 @@ def _save_classifier(
     if tokenizer.pad_token is None:  # the plain model pools the last token that is not padding, so it needs one
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     config.pad_token_id = tokenizer.pad_token_id
-    with torch.device("meta"):
+    with quiet(), torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
     named = {f"{model.base_model_prefix}.{name}": tensor for name, tensor in weights.items()} | {
         "score.weight": head_CD
     }
     expected = {name for name, _ in model.named_parameters()}
     assert set(named) == expected, f"{sorted(set(named) ^ expected)[:5]}"
-    model.save_pretrained(folder, state_dict={name: tensor.cpu().contiguous() for name, tensor in named.items()})
-    tokenizer.save_pretrained(folder)
+    forget_how_loaded(tokenizer)
+    with quiet():
+        model.save_pretrained(folder, state_dict={name: tensor.cpu().contiguous() for name, tensor in named.items()})
+        tokenizer.save_pretrained(folder)
     write_json(folder / "katei.json", asdict(note))
 
 
 def _plain_probabilities(folder: Path, rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
     """What `transformers` alone makes of the folder, a row at a time."""
-    model: Any = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    with quiet():
+        model: Any = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         return np.stack(
             [torch.softmax(model(input_ids=torch.tensor([list(ids)])).logits[0].double(), 0).numpy() for ids in rows]
