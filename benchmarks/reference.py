@@ -89,7 +89,9 @@ def peft_config(trial: Trial) -> Any:
     kind = {"task_type": "SEQ_CLS"}
     match m.name:
         case "lora":
-            return LoraConfig(**kind, r=m.rank, lora_alpha=m.alpha, target_modules=list(m.targets), lora_dropout=m.dropout)
+            return LoraConfig(
+                **kind, r=m.rank, lora_alpha=m.alpha, target_modules=list(m.targets), lora_dropout=m.dropout
+            )
         case "adalora":
             return AdaLoraConfig(
                 **kind,
@@ -106,7 +108,10 @@ def peft_config(trial: Trial) -> Any:
             return PromptTuningConfig(**kind, num_virtual_tokens=m.virtual_tokens)
         case "p-tuning":
             return PromptEncoderConfig(
-                **kind, num_virtual_tokens=m.virtual_tokens, encoder_reparameterization_type="MLP", encoder_hidden_size=m.hidden
+                **kind,
+                num_virtual_tokens=m.virtual_tokens,
+                encoder_reparameterization_type="MLP",
+                encoder_hidden_size=m.hidden,
             )
         case "ia3":
             return IA3Config(**kind)
@@ -125,7 +130,10 @@ def build(folder: Path, trial: Trial, stack: Stack, n: int) -> Any:
     if trial.method.name == "p-tuning":
         ours = {"embedding.weight": values["embedding_PD"]}
         for layer in range(3):
-            ours |= {f"mlp_head.{2 * layer}.weight": values[f"mlp{layer}.w_OI"], f"mlp_head.{2 * layer}.bias": values[f"mlp{layer}.b_O"]}
+            ours |= {
+                f"mlp_head.{2 * layer}.weight": values[f"mlp{layer}.w_OI"],
+                f"mlp_head.{2 * layer}.bias": values[f"mlp{layer}.b_O"],
+            }
     elif trial.method.name == "prompt-tuning":
         ours = {"embedding.weight": values["prompt_PD"]}
     else:
@@ -147,7 +155,15 @@ def build(folder: Path, trial: Trial, stack: Stack, n: int) -> Any:
 
 
 def train(
-    folder: Path, trial: Trial, stack: Stack, n: int, train_tokens: Tokens, valid: Tokens | None, test: Tokens | None, *, epochs: int | None = None
+    folder: Path,
+    trial: Trial,
+    stack: Stack,
+    n: int,
+    train_tokens: Tokens,
+    valid: Tokens | None,
+    test: Tokens | None,
+    *,
+    epochs: int | None = None,
 ) -> Reference:
     """Train with Trainer as its documentation says: evaluation each epoch, nothing saved, nothing reported."""
     model = build(folder, trial, stack, n)

@@ -59,13 +59,24 @@ def main() -> None:
             for seed in range(options.seeds):
                 trials.append(
                     Trial(
-                        f"{label} {rate:g} seed {seed}", method, seed, replace(training, learning_rate=rate), tuple(range(len(train)))
+                        f"{label} {rate:g} seed {seed}",
+                        method,
+                        seed,
+                        replace(training, learning_rate=rate),
+                        tuple(range(len(train))),
                     )
                 )
     lockstep = Lockstep(base, trials, len(dataset.label_names), train, valid)
     print(f"{options.model}, {options.data}: {len(train)} train, {len(valid)} valid rows, {options.epochs} epochs")
-    print("| method, rate | train loss | valid loss | valid ROC AUC | valid accuracy | best epoch |\n|---|---|---|---|---|---|", flush=True)
-    lockstep.run(lambda engine, ended: print(f"epoch {ended[0].epochs[-1].epoch}", file=sys.stderr, flush=True) if ended else None)
+    print(
+        "| method, rate | train loss | valid loss | valid ROC AUC | valid accuracy | best epoch |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
+    lockstep.run(
+        lambda engine, ended: (
+            print(f"epoch {ended[0].epochs[-1].epoch}", file=sys.stderr, flush=True) if ended else None
+        )
+    )
     for state in lockstep.states:
         last = state.epochs[-1]
         print(

@@ -106,13 +106,13 @@ def evaluate(
     """Scores of a trained adapter on labelled rows, with 95 % intervals."""
     from katei.data import load_split
     from katei.methods.saved import AdapterNote
-    from katei.ship.adapters import adapter_folder, open_adapter, read_note
+    from katei.ship.adapters import adapter_folder, note_of, open_adapter
     from katei.ship.predict import predict_texts
     from katei.study.run import test_scores
 
     folder = adapter_folder(Path(run), trial)
-    note: AdapterNote = read_note(folder)
-    split = load_split(data, text=text or note.text_column, label=label, label_names=note.labels)
+    note: AdapterNote = note_of(folder)
+    split = load_split(data, text=text or note.text_column or None, label=label, label_names=note.labels)
     base, stack, note = open_adapter(folder, model=model, precision=precision, device=device, say=say)
     return asdict(test_scores(predict_texts(base, stack, note, split.texts), split.labels))
 
@@ -132,13 +132,13 @@ def predict(
     """Classify every row of a TSV, CSV, JSONL or parquet file. Returns `rows`, `out` and `seconds`."""
     import time
 
-    from katei.ship.adapters import adapter_folder, open_adapter, read_note
+    from katei.ship.adapters import adapter_folder, note_of, open_adapter
     from katei.ship.predict import check_input, default_out, predict_table
 
     started = time.perf_counter()
     folder = adapter_folder(Path(run), trial)
     target = Path(out) if out is not None else default_out(Path(file))
-    table = check_input(Path(file), target, read_note(folder), text)
+    table = check_input(Path(file), target, note_of(folder), text)
     base, stack, note = open_adapter(folder, model=model, precision=precision, device=device, say=say)
     rows = predict_table(base, stack, note, table, target)
     return {"rows": rows, "out": str(target), "seconds": round(time.perf_counter() - started, 3)}

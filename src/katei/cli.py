@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from katei.core.errors import UserError
+from katei.core.errors import RecipeError, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -278,11 +278,15 @@ def generate(
     from katei.printing import print_continuations
 
     run = None
-    if model is None or (len(prompts) > 1 and Path(prompts[0]).is_dir()):
-        if Path(prompts[0]).is_dir():
-            run, prompts = Path(prompts[0]), prompts[1:]
+    if Path(prompts[0]).is_dir() and (model is None or len(prompts) > 1):
+        run, prompts = Path(prompts[0]), prompts[1:]
         if not prompts:
-            raise UserError("no prompt given", hint='katei generate RUN "春の夜の"')
+            raise RecipeError("no prompt given", hint=f'katei generate {run} "春の夜の"')
+    elif model is None:
+        raise RecipeError(
+            f"neither a run nor a base given: '{prompts[0]}' is no folder, so it is taken for a prompt",
+            hint='katei generate RUN "春の夜の", or katei generate --model gemma3-270m "春の夜の"',
+        )
     texts = api.generate(
         prompts,
         run=run,
@@ -436,6 +440,10 @@ def main() -> None:
             sys.exit(130)
         if debug:
             raise
+        refused = _refused(error)
+        if refused is not None:
+            _report(str(refused), {**refused.as_dict(), "kind": "system"}, as_json)
+            sys.exit(2)
         print(
             f"katei: a mistake of katei's own: {type(error).__name__}: {error}\n"
             "  → the same command with --debug shows where; please report it",
@@ -443,6 +451,17 @@ def main() -> None:
         )
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refused(error: Exception) -> UserError | None:
+    """What the machine would not do, as the user can mend it; None for anything else."""
+    if isinstance(error, OSError) and error.strerror:
+        hint = "check the path, its permissions and the space on the disk"
+        return UserError(error.strerror, file=error.filename, hint=hint)
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        hint = "a smaller --token-budget or --max-length, fewer methods or seeds at once, --precision bf16, or a smaller base"
+        return UserError("out of memory", hint=hint)
+    return None
 
 
 def _report(text: str, facts: dict[str, object], as_json: bool) -> None:

@@ -48,9 +48,7 @@ def print_study(study: Study) -> None:
 
 
 def _epoch_table(trial: dict[str, Any]) -> Table:
-    share = trial["trainable"] / trial["total"]
-    title = f"{trial['name']}  ·  {trial['trainable']:,} of {trial['total']:,} trained ({share:.2%})"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=trial["name"], title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("epoch", "train loss", "valid loss", "ROC AUC", "accuracy"):
         table.add_column(name, justify="right")
     for epoch in trial["epochs"]:
@@ -68,12 +66,12 @@ def _score_table(trials: list[dict[str, Any]], majority: float | None) -> Table:
     rows = next(t["test"]["rows"] for t in trials if t["test"])
     table = Table(title=f"test, {rows} rows", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("trial")
-    for name in ("accuracy", "95 % interval", "ROC AUC", "95 % interval", "loss"):
+    for name in ("accuracy", "95 % interval", "ROC AUC", "95 % interval", "loss", "trained", "of all"):
         table.add_column(name, justify="right")
     for trial in trials:
-        test = trial["test"]
+        test, counts = trial["test"], (f"{trial['trainable']:,}", f"{trial['trainable'] / trial['total']:.3%}")
         if test is None:
-            table.add_row(trial["name"], trial["finished"] or "–", "", "", "", "")
+            table.add_row(trial["name"], trial["finished"] or "–", "", "", "", "", *counts)
             continue
         table.add_row(
             trial["name"],
@@ -82,10 +80,11 @@ def _score_table(trials: list[dict[str, Any]], majority: float | None) -> Table:
             number(test["roc_auc"]),
             _interval(test["roc_auc_interval"]),
             number(test["loss"]),
+            *counts,
         )
     if majority is not None:
         table.add_section()
-        table.add_row("commonest class", number(majority), "", "0.500", "", "")
+        table.add_row("commonest class", number(majority), "", "0.500")
     return table
 
 

@@ -37,7 +37,7 @@ class TerminalWatcher:
 
     def say(self, text: str) -> None:
         style = "yellow" if text.startswith("warning") else "dim"
-        self.console.print(Text(text, style=style))
+        self.console.print(Text(text, style=style), soft_wrap=True)
 
     def begin(self, lockstep: Lockstep) -> None:
         self.began, self.rows_before, self.drawn = time.monotonic(), lockstep.trained_rows, 0.0
@@ -62,10 +62,11 @@ class TerminalWatcher:
                     f"epoch {epoch.epoch}/{state.trial.training.epochs}  {state.trial.name:<16}"
                     f" train loss {number(epoch.train_loss)}  valid loss {number(epoch.valid_loss)}"
                     f"  ROC AUC {number(epoch.valid_roc_auc)}  accuracy {number(epoch.valid_accuracy)}"
-                )
+                ),
+                soft_wrap=True,
             )
         if ended:
-            self.console.print(Text(self._pace(lockstep), style="dim"))
+            self.console.print(Text(self._pace(lockstep), style="dim"), soft_wrap=True)
 
     def end(self) -> None:
         if self.live is not None:

@@ -78,7 +78,9 @@ def companions() -> list[Trial]:
     for name in STACKED:
         trials.append(trial(name, 0))
         trials.append(
-            trial(name, 1, batch_size=3, accumulation=2, learning_rate=2e-2, warmup=0.3, keep="best", patience=1, epochs=4)
+            trial(
+                name, 1, batch_size=3, accumulation=2, learning_rate=2e-2, warmup=0.3, keep="best", patience=1, epochs=4
+            )
         )
     return trials
 
@@ -198,7 +200,9 @@ def test_merged_weights_give_the_adapters_scores(name: str, architecture: str) -
 
 def test_adalora_prunes_to_its_target_by_itself() -> None:
     method = settings("adalora")
-    engine = Lockstep(BASE, [Trial("a", method, 0, Training(learning_rate=1e-2, epochs=3), tuple(range(12)))], 3, TOKENS, None)
+    engine = Lockstep(
+        BASE, [Trial("a", method, 0, Training(learning_rate=1e-2, epochs=3), tuple(range(12)))], 3, TOKENS, None
+    )
     engine.run()
     stack = engine.stacks[0]
     assert isinstance(stack, AdaLoRAStack)
@@ -208,15 +212,17 @@ def test_adalora_prunes_to_its_target_by_itself() -> None:
 
 
 def test_a_diverging_trial_is_named_and_harms_nobody() -> None:
+    base = tiny_base(dtype=torch.float16)  # overflows beyond 65,504
     calm = trial("lora", 0)
-    wild = Trial("wild", settings("lora", dropout=0.2), 5, Training(learning_rate=1e38, epochs=3, clip_norm=0), tuple(range(12)))
-    both = Lockstep(BASE, [calm, wild], 3, TOKENS, None)
+    wild = Trial("wild", settings("lora", dropout=0.2), 5, Training(learning_rate=1000, epochs=3), tuple(range(12)))
+    both = Lockstep(base, [calm, wild], 3, TOKENS, None)
     both.run()
-    alone = Lockstep(BASE, [calm], 3, TOKENS, None)
+    alone = Lockstep(base, [calm], 3, TOKENS, None)
     alone.run()
     assert both.states[1].finished == "diverged"
     assert both.states[0].finished == "done"
-    torch.testing.assert_close(both.stacks[0].theta_NM[0], alone.stacks[0].theta_NM[0], rtol=1e-3, atol=1e-5)
+    assert both.states[0].epochs[-1].train_loss == pytest.approx(alone.states[0].epochs[-1].train_loss, rel=0.02)
+    assert all(stack.theta_NM.isfinite().all() for stack in both.stacks)
 
 
 @pytest.mark.parametrize("name", STACKED)
@@ -225,6 +231,12 @@ def test_every_method_learns_a_word(name: str) -> None:
     rows = [tuple(torch.randint(20, 300, (6,), generator=rng).tolist()) for _ in range(24)]
     ids = tuple((*row, 3 + i % 2) for i, row in enumerate(rows))
     tokens = Tokens(ids, tuple(i % 2 for i in range(24)))
-    engine = Lockstep(BASE, [Trial("t", settings(name), 0, Training(learning_rate=2e-2, epochs=6), tuple(range(24)))], 2, tokens, tokens)
+    engine = Lockstep(
+        BASE,
+        [Trial("t", settings(name), 0, Training(learning_rate=2e-2, epochs=6), tuple(range(24)))],
+        2,
+        tokens,
+        tokens,
+    )
     engine.run()
     assert engine.states[0].epochs[-1].valid_accuracy >= 0.95, engine.states[0].epochs[-1]

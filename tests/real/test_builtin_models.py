@@ -58,7 +58,9 @@ def topics(folder: Path, names: tuple[str, ...]) -> Path:
 
 def test_lora_learns_topics_that_nobody_here_wrote(tmp_path: Path) -> None:
     data = topics(tmp_path, ("ai", "emotion", "psychology"))
-    study = api.train(data, method="lora", model="gemma3-270m", epochs=3, batch_size=4, max_length=64, out=tmp_path / "run")
+    study = api.train(
+        data, method="lora", model="gemma3-270m", epochs=3, batch_size=4, max_length=64, out=tmp_path / "run"
+    )
     test = study.results["trials"][0]["test"]
     assert test["rows"] > 60
     assert test["accuracy_interval"][0] > study.results["majority_accuracy"], test

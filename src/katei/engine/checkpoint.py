@@ -48,6 +48,15 @@ def save_state(path: Path, lockstep: Lockstep, fingerprint: str) -> None:
     write_atomic(path, lambda temporary: save_file(contiguous, temporary, metadata={"katei": json.dumps(note)}))
 
 
+def is_state_of(path: Path, fingerprint: str) -> bool:
+    """Whether the file is whole and of the run that `fingerprint` names."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return bool(json.loads((file.metadata() or {}).get("katei", "{}")).get("fingerprint") == fingerprint)
+    except (SafetensorError, OSError, ValueError):
+        return False
+
+
 def load_state(path: Path, lockstep: Lockstep, fingerprint: str) -> None:
     """Bring `lockstep`, freshly built, to where the file's run was. Raises RunError for another run's file."""
     try:

@@ -43,11 +43,13 @@ class Training:
             if not holds:
                 raise RecipeError(f"{field} is {getattr(self, field)}, but {why}", hint=f"{field} = {example}")
 
-        must(0 < self.learning_rate < math.inf, "learning_rate", "it must be positive", "1e-4")
+        # bounded, so that no number of an adapter can overflow: companions share products with it
+        must(0 < self.learning_rate <= 1000, "learning_rate", "it must be positive, 1000 at most", "1e-4")
         must(self.epochs >= 1, "epochs", "a trial trains for 1 or more", "10")
         must(self.batch_size >= 1, "batch_size", "it counts rows", "1")
         must(self.accumulation >= 1, "accumulation", "it counts batches", "1")
-        must(0 <= self.weight_decay < math.inf, "weight_decay", "it must be 0 or more", "0.01")
+        decays = self.weight_decay >= 0 and self.learning_rate * self.weight_decay < 1
+        must(decays, "weight_decay", "it must be 0 or more, and below 1 / learning rate", "0.01")
         must(0 <= self.warmup < 1, "warmup", "it is a share of the steps, 0 or more and below 1", "0.1")
         must(0 <= self.clip_norm < math.inf, "clip_norm", "it must be 0 (off) or more", "1.0")
         must(0 <= self.beta1 < 1, "beta1", "it lies between 0 and 1", "0.9")

@@ -23,8 +23,9 @@ from torch import Tensor, isfinite
 
 from katei import __version__
 from katei.base.packed import Base
-from katei.core.errors import AdapterError, UserError
+from katei.core.errors import AdapterError, RecipeError, UserError
 from katei.core.files import write_json
+from katei.core.settings import build
 from katei.methods import METHODS, build_method
 from katei.methods.contract import HEAD, Method, Stack, TrialFacts
 from katei.methods.full import Full
@@ -104,7 +105,10 @@ class SavedAdapter:
                 hint=f"its base was '{self.note.base}'",
             )
         stack = self.method.saved_as().build(base, len(self.note.labels), [0], [TrialFacts(total_steps=10**6)])
-        load_into_(stack, 0, self)
+        try:
+            load_into_(stack, 0, self)
+        except AdapterError as error:
+            raise AdapterError(error.message, file=self.folder, hint=error.hint) from None
         return stack
 
 
@@ -151,7 +155,7 @@ def read_adapter(folder: Path, *, diverged: bool = False) -> SavedAdapter:
     """
     if not folder.is_dir():
         raise AdapterError("no such adapter folder", file=folder, hint="a trial's folder, such as RUN/trials/lora")
-    note = _read_note(folder)
+    note = read_note(folder)
     config = read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").exists() else None
     if config is None and note is None:
         raise AdapterError(
@@ -173,9 +177,13 @@ def read_adapter(folder: Path, *, diverged: bool = False) -> SavedAdapter:
                 "adapter_model.safetensors is missing"
                 + (", and katei does not read pickled weights (adapter_model.bin)" if pickled else ""),
                 file=folder,
-                hint="save it with peft's save_pretrained(..., safe_serialization=True)" if pickled else None,
+                hint="save it with peft's save_pretrained, which writes safetensors"
+                if pickled
+                else "copy the adapter's folder again, whole",
             )
         tensors = _read_tensors(folder / "adapter_model.safetensors")
+    if config is None and note is not None and METHODS.get(note.method, Full).peft_type is not None:
+        raise AdapterError("adapter_config.json is missing", file=folder, hint="copy the adapter's folder again, whole")
     head = {name: tensors.pop(name) for name in list(tensors) if name.endswith("score.weight")}
     if (folder / "head.safetensors").exists():
         head |= _read_tensors(folder / "head.safetensors")
@@ -185,7 +193,7 @@ def read_adapter(folder: Path, *, diverged: bool = False) -> SavedAdapter:
             file=folder,
             hint="peft leaves it out for LLaMA-Adapter: put its weight, named score.weight, into head.safetensors beside the adapter",
         )
-    head_CD = next(iter(head.values())).float()
+    head_CD = next(iter(head.values()))
     method = _method(config, note, folder)
     classes = len(note.labels) if note is not None else max(2, len(head_CD) if head_CD.ndim else 0)
     if head_CD.ndim != 2 or len(head_CD) != classes:
@@ -196,6 +204,7 @@ def read_adapter(folder: Path, *, diverged: bool = False) -> SavedAdapter:
         )
     if not diverged:
         _check_finite({**tensors, "score.weight": head_CD}, folder)
+    head_CD = head_CD.float()
     if note is None:
         assert config is not None
         base = str(config.get("base_model_name_or_path") or "")
@@ -207,7 +216,7 @@ def read_adapter(folder: Path, *, diverged: bool = False) -> SavedAdapter:
             base,
             "",
             200,
-            "text",
+            "",
             {},
             "",
         )
@@ -245,8 +254,6 @@ def _method(config: Mapping[str, Any] | None, note: AdapterNote | None, folder: 
     except UserError as error:
         raise AdapterError(error.message, file=folder / "katei.json", hint=error.hint) from None
     if from_peft is None:
-        if method.peft_type is not None:
-            raise AdapterError("adapter_config.json is missing", file=folder, hint="copy the adapter's folder again, whole")
         return method
     ours, theirs = {"method": note.method, **method.settings()}, {"method": from_peft.name, **from_peft.settings()}
     for key in ("method", "rank", "alpha", "rslora", "virtual_tokens", "layers", "length"):
@@ -273,8 +280,9 @@ def _peft_method(config: Mapping[str, Any], file: Path) -> Method:
         raise AdapterError(f"has no {missing}", file=file, hint="save the adapter again with peft") from None
     except UserError as error:
         raise AdapterError(error.message, file=file, hint=error.hint) from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise AdapterError(f"is not a config peft wrote: {error}", file=file, hint="save it again with peft") from None
+    except (TypeError, ValueError, AttributeError):
+        odd = ", ".join(f"{name} = {config[name]!r}" for name in (*READ[str(kind)], "target_modules") if name in config)
+        raise AdapterError(f"is not a config peft wrote: {odd}", file=file, hint="save it again with peft") from None
 
 
 def _check_options(config: Mapping[str, Any], kind: str, file: Path) -> None:
@@ -298,24 +306,29 @@ def _check_options(config: Mapping[str, Any], kind: str, file: Path) -> None:
         )
 
 
-def _read_note(folder: Path) -> AdapterNote | None:
+def read_note(folder: Path) -> AdapterNote | None:
+    """katei.json, checked; None where there is none (peft's own adapters)."""
     path = folder / "katei.json"
     if not path.exists():
         return None
-    value = read_json(path)
+    whole = "copy the adapter's folder again, whole"
     try:
-        note = AdapterNote(**value)
-        if not all(isinstance(label, str) for label in note.labels) or len(note.labels) < 2:
-            raise TypeError("labels must be two or more strings")
-        return AdapterNote(**{**value, "labels": tuple(note.labels)})
-    except TypeError as error:
+        note = build(AdapterNote, read_json(path), where="note")
+    except RecipeError as error:
+        raise AdapterError(f"not a note katei wrote: {error.message}", file=path, hint=whole) from None
+    if len(set(note.labels)) != len(note.labels) or len(note.labels) < 2:
         raise AdapterError(
-            f"not a note katei wrote: {error}", file=path, hint="copy the adapter's folder again, whole"
-        ) from None
+            f"labels must be two or more, all different, but are {list(note.labels)}", file=path, hint=whole
+        )
+    if note.max_length < 1:
+        raise AdapterError(f"max_length is {note.max_length}, but it counts tokens", file=path, hint=whole)
+    return note
 
 
 def _check_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:
     for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise AdapterError(f"{name} holds whole numbers, not weights", file=folder, hint="save it again with peft")
         if not bool(isfinite(tensor).all()):
             raise AdapterError(
                 f"{name} holds numbers that are infinite or not numbers",

@@ -14,7 +14,7 @@ from katei.data import load_dataset, read_table
 from katei.methods.contract import HEAD, Stack
 from katei.methods.full import Full
 from katei.methods.head_only import HeadOnlyStack
-from katei.methods.saved import AdapterNote, SavedAdapter, read_adapter, read_json
+from katei.methods.saved import AdapterNote, SavedAdapter, read_adapter, read_note
 from katei.study.recipe import load_recipe
 
 
@@ -41,11 +41,9 @@ def adapter_folder(run: Path, trial: str | None = None) -> Path:
     return trials / names[0]
 
 
-def read_note(folder: Path) -> AdapterNote:
-    """What is known of an adapter without loading any tensor's base."""
-    if _is_full(folder):
-        return _full_note(folder)
-    return read_adapter(folder).note
+def note_of(folder: Path) -> AdapterNote:
+    """What is known of an adapter, whose files are checked, without loading its base."""
+    return _full_note(folder) or read_adapter(folder).note
 
 
 def rows_to_compare(run: Path, data: str | Path | None, note: AdapterNote, most: int = 64) -> list[str]:
@@ -70,8 +68,9 @@ def open_adapter(
     folder: Path, *, model: str | None = None, precision: str = "fp32", device: str = "auto", say: Callable[[str], None]
 ) -> tuple[Base, Stack, AdapterNote]:
     """Load an adapter and its base (the one it names, or `model`)."""
-    if _is_full(folder):
-        return _open_full(folder, precision, device, say)
+    full = _full_note(folder)
+    if full is not None:
+        return _open_full(folder, full, precision, device, say)
     saved = read_adapter(folder)
     base = open_base_of(saved, model=model, precision=precision, device=device, say=say)
     return base, saved.stack(base), saved.note
@@ -89,23 +88,18 @@ def open_base_of(
     return Base(loaded.model, loaded.tokenizer, name=name, fingerprint=loaded.fingerprint)
 
 
-def _is_full(folder: Path) -> bool:
-    file = folder / "katei.json"
-    return file.exists() and read_json(file).get("method") == Full.name
-
-
-def _full_note(folder: Path) -> AdapterNote:
-    value = read_json(folder / "katei.json")
-    return AdapterNote(**{**value, "labels": tuple(value["labels"])})
+def _full_note(folder: Path) -> AdapterNote | None:
+    """The note of a fully fine-tuned model, None for an adapter."""
+    note = read_note(folder)
+    return note if note is not None and note.method == Full.name else None
 
 
 def _open_full(
-    folder: Path, precision: str, device: str, say: Callable[[str], None]
+    folder: Path, note: AdapterNote, precision: str, device: str, say: Callable[[str], None]
 ) -> tuple[Base, Stack, AdapterNote]:
     """A fully fine-tuned model is its own base; its head alone is left to read."""
     from safetensors import safe_open
 
-    note = _full_note(folder)
     loaded = load_base(str(folder), precision=precision, device=device, say=say)
     base = Base(loaded.model, loaded.tokenizer, name=str(folder), fingerprint=loaded.fingerprint)
     stack = HeadOnlyStack(base, len(note.labels), [0])
@@ -115,4 +109,4 @@ def _open_full(
                 with torch.no_grad():
                     stack.tensors[HEAD][0].copy_(tensors.get_tensor("score.weight"))
                 return base, stack, note
-    raise AdapterError("no score head among its weights", file=folder)
+    raise AdapterError("no score head among its weights", file=folder, hint="copy the trial's folder again, whole")

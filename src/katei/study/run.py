@@ -16,10 +16,12 @@ import json
 import platform
 import resource
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -32,13 +34,15 @@ from numpy.typing import NDArray
 from transformers import AutoModel
 
 from katei import __version__
+from katei.base.device import pick_device, pick_dtype
 from katei.base.load import load_base, load_config, load_tokenizer, resolve_base
 from katei.base.packed import Base, check_ids
+from katei.base.quiet import quiet
 from katei.core import metrics
-from katei.core.errors import BaseError, DataError, RunError
+from katei.core.errors import BaseError, DataError, RunError, UserError
 from katei.core.files import folder_atomic, write_atomic, write_json, write_text
 from katei.data import Dataset, Split, cut_warnings, load_dataset
-from katei.engine.checkpoint import load_state, save_state
+from katei.engine.checkpoint import is_state_of, load_state, save_state
 from katei.engine.lockstep import Lockstep, Tokens, Trial, TrialState, score_rows
 from katei.methods.adalora import AdaLoRAStack
 from katei.methods.contract import TrialFacts
@@ -126,12 +130,14 @@ def run_study(
         name: encode(tokenizer, split, recipe.max_length, config.vocab_size) for name, split in dataset.splits.items()
     }
     groups = _groups(recipe, len(dataset.train.texts))
-    _check_fit(groups, config, tokenizer, len(dataset.label_names))
+    pick_device(recipe.device)
+    _check_fit(groups, config, tokenizer, len(dataset.label_names), recipe.precision)
     identity = sha256((recipe.to_toml() + dataset.sha256).encode()).hexdigest()
     _check_claim(out, recipe, identity, overwrite)
-    out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
-        if overwrite:
+    with _claimed(out):
+        _sweep(out)
+        # an unfinished run of the same study goes on, also with --overwrite: it ends with the same bytes
+        if overwrite and ((out / "results.json").exists() or _identity(out) != identity):
             _clear(out)
         if (out / "results.json").exists():
             watcher.say(f"{out} is finished; these are its results (--overwrite trains again)")
@@ -151,7 +157,7 @@ def run_study(
                 base = open_base(recipe.model, recipe.precision, recipe.device, watcher.say)
             seconds["load"] += time.perf_counter() - loading
             finished += _train_group(
-                group, base, recipe, dataset, tokens, out, identity, watcher, seconds, save_seconds
+                group, base, recipe, dataset, tokens, out, identity, watcher, seconds, save_seconds, overwrite
             )
             if own:
                 base = None  # its weights are trained: nobody else's base any more
@@ -218,7 +224,7 @@ def _check_claim(out: Path, recipe: Recipe, identity: str, overwrite: bool) -> N
         return
     if not (out / "identity").exists():
         raise RunError("is a folder with other things in it", file=out, hint="--out a new or empty folder")
-    if not overwrite and (out / "identity").read_text(encoding="utf-8").strip() != identity:
+    if not overwrite and _identity(out) != identity:
         difference = _difference(out / "recipe.toml", recipe) if (out / "recipe.toml").exists() else ""
         raise RunError(
             f"holds another run ({difference or 'the data have changed'})",
@@ -227,12 +233,28 @@ def _check_claim(out: Path, recipe: Recipe, identity: str, overwrite: bool) -> N
         )
 
 
+def _identity(out: Path) -> str | None:
+    file = out / "identity"
+    return file.read_text(encoding="utf-8", errors="replace").strip() if file.exists() else None
+
+
 def _clear(out: Path) -> None:
-    for name in ("results.json", "environment.json", "predictions.parquet", "recipe.toml", "identity"):
+    """Remove a run: its results first, its identity last, so that what a kill leaves is still known as a run."""
+    for name in ("results.json", "environment.json", "predictions.parquet", "recipe.toml"):
         (out / name).unlink(missing_ok=True)
     for state in out.glob("state-*.safetensors"):
         state.unlink()
     shutil.rmtree(out / "trials", ignore_errors=True)
+    (out / "identity").unlink(missing_ok=True)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what a killed write left unfinished; the caller holds the lock, so nobody is writing."""
+    for part in [*out.glob(".*.part"), *out.glob("trials/.*.part")]:
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink()
 
 
 def _difference(old: Path, recipe: Recipe) -> str:
@@ -251,13 +273,51 @@ def _difference(old: Path, recipe: Recipe) -> str:
     return "; ".join(f"{k}: {flat[0].get(k)} there, {flat[1].get(k)} now" for k in keys[:3])
 
 
-def _locked(out: Path) -> AbstractContextManager[object]:
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """Make the run folder and hold its lock. A user's mistake found before anything was trained leaves nothing behind."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    fresh = _identity(out) is None
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock", timeout=0)
     try:
-        return FileLock(out / ".lock", timeout=0).acquire()
+        lock.acquire()
     except Timeout:
         raise RunError(
             "another katei is training into this folder", file=out, hint="wait for it, or --out another folder"
         ) from None
+    try:
+        yield
+    except UserError:
+        if fresh and not any(out.glob("state-*.safetensors")):
+            _clear(out)
+            (out / ".lock").unlink(missing_ok=True)
+            for folder in made:
+                folder.rmdir()
+        raise
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C is a question answered after the step; a second one interrupts at once."""
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # -------------------------------------------------------------------- training
@@ -297,10 +357,10 @@ def _groups(recipe: Recipe, rows: int) -> list[list[Trial]]:
     return ([shared] if shared else []) + alone
 
 
-def _check_fit(groups: list[list[Trial]], config: Any, tokenizer: Any, classes: int) -> None:
+def _check_fit(groups: list[list[Trial]], config: Any, tokenizer: Any, classes: int, precision: str) -> None:
     """Build every stack over the base's shape, without its weights: what does not fit is found before they are read."""
-    with torch.device("meta"):
-        model = AutoModel.from_config(config).eval()
+    with quiet(), torch.device("meta"):
+        model = AutoModel.from_config(config, dtype=pick_dtype(precision)).eval()
     shape = Base(model, tokenizer)
     for trial in (trial for group in groups for trial in group):
         trial.method.build(shape, classes, [0], [TrialFacts(trial.total_steps)])
@@ -317,29 +377,34 @@ def _train_group(
     watcher: Watcher,
     seconds: dict[str, float],
     save_seconds: float,
+    overwrite: bool,
 ) -> list[_Finished]:
     lockstep = Lockstep(
         base, group, len(dataset.label_names), tokens["train"], tokens.get("valid"), token_budget=recipe.token_budget
     )
     state_file = out / f"state-{group[0].name}.safetensors"
     fingerprint = f"{identity}/{base.fingerprint}"
-    if state_file.exists():
+    if state_file.exists() and (not overwrite or is_state_of(state_file, fingerprint)):
         load_state(state_file, lockstep, fingerprint)
         watcher.say(
             f"going on from step {max(s.step for s in lockstep.states)} of {max(s.trial.total_steps for s in lockstep.states)}"
         )
     saved_at = time.monotonic()
-
-    def watch(engine: Lockstep, ended: list[TrialState]) -> None:
-        nonlocal saved_at
-        watcher.tick(engine, ended)
-        if time.monotonic() - saved_at >= save_seconds:
-            save_state(state_file, engine, fingerprint)
-            saved_at = time.monotonic()
-
     watcher.begin(lockstep)
     try:
-        lockstep.run(watch)
+        with _asked_to_stop() as asked:
+
+            def watch(engine: Lockstep, ended: list[TrialState]) -> None:
+                nonlocal saved_at
+                watcher.tick(engine, ended)
+                stop = asked()
+                if stop or time.monotonic() - saved_at >= save_seconds:
+                    save_state(state_file, engine, fingerprint)
+                    saved_at = time.monotonic()
+                if stop:
+                    raise KeyboardInterrupt
+
+            lockstep.run(watch)
     finally:
         watcher.end()
     save_state(state_file, lockstep, fingerprint)  # the scoring below may be killed too
@@ -405,7 +470,7 @@ def _save_trials(
             save_adapter(
                 folder, stack, state.n, trial.method, note, str(base.model.config._name_or_path or recipe.model)
             )
-            saved = read_adapter(folder)
+            saved = read_adapter(folder, diverged=state.finished == "diverged")
             check = tokens.get("test", tokens["train"]).ids[:4]
             mine = [(state.stack, state.n, ids) for ids in check]
             before = score_rows(base, lockstep.stacks, mine, token_budget=recipe.token_budget)
