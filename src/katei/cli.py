@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -424,8 +424,7 @@ def main() -> None:
         _report(str(error), error.as_dict(), as_json)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("katei: stopped. The same command goes on from the last state saved.", file=sys.stderr)
-        sys.exit(130)
+        _stopped(arguments)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -436,8 +435,8 @@ def main() -> None:
             facts = {"kind": "usage", "message": message, "file": None, "row": None, "hint": "katei --help"}
             _report(f"{message}\n  → katei --help", facts, as_json)
             sys.exit(2)
-        if type(error).__name__ == "Abort":
-            sys.exit(130)
+        if type(error).__name__ == "Abort":  # what typer makes of Ctrl-C
+            _stopped(arguments)
         if debug:
             raise
         refused = _refused(error)
@@ -451,6 +450,13 @@ def main() -> None:
         )
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stopped(arguments: list[str]) -> NoReturn:
+    trains = any(command in arguments[:1] for command in ("demo", "train", "compare"))
+    more = " The same command goes on from the last state saved." if trains else ""
+    print(f"katei: stopped.{more}", file=sys.stderr)
+    sys.exit(130)
 
 
 def _refused(error: Exception) -> UserError | None:

@@ -19,7 +19,7 @@ from katei.engine.lockstep import Lockstep, Tokens, Trial, score_rows
 from katei.engine.optimizer import Training
 from katei.methods import METHODS
 from katei.methods.adalora import AdaLoRAStack
-from katei.methods.contract import Stack, TrialFacts
+from katei.methods.contract import HEAD, Stack, TrialFacts
 from katei.methods.saved import AdapterNote, read_adapter, save_adapter
 from tests.helpers.models import STACKED, perturb_, random_tokens, settings, tiny_base
 
@@ -211,18 +211,28 @@ def test_adalora_prunes_to_its_target_by_itself() -> None:
     assert len(set(ranks.values())) > 1, "a budget that moved nowhere is not AdaLoRA"
 
 
-def test_a_diverging_trial_is_named_and_harms_nobody() -> None:
-    base = tiny_base(dtype=torch.float16)  # overflows beyond 65,504
-    calm = trial("lora", 0)
-    wild = Trial("wild", settings("lora", dropout=0.2), 5, Training(learning_rate=1000, epochs=3), tuple(range(12)))
-    both = Lockstep(base, [calm, wild], 3, TOKENS, None)
+@pytest.mark.parametrize("token_budget", [10_000, 20])
+def test_a_diverging_trial_is_named_and_harms_nobody(token_budget: int) -> None:
+    calm, wild = trial("lora", 0), replace(trial("lora", 1), name="wild", rows=tuple(range(12)))
+    both = Lockstep(BASE, [calm, wild], 3, TOKENS, None, token_budget=token_budget)
+    both.tick()
+    with torch.no_grad():
+        both.stacks[0].tensors[HEAD][1].fill_(3e38)  # its next scores overflow
     both.run()
-    alone = Lockstep(base, [calm], 3, TOKENS, None)
+    alone = Lockstep(BASE, [calm], 3, TOKENS, None)
     alone.run()
-    assert both.states[1].finished == "diverged"
-    assert both.states[0].finished == "done"
-    assert both.states[0].epochs[-1].train_loss == pytest.approx(alone.states[0].epochs[-1].train_loss, rel=0.02)
-    assert all(stack.theta_NM.isfinite().all() for stack in both.stacks)
+    assert [state.finished for state in both.states] == ["done", "diverged"]
+    assert both.states[1].step == 1
+    torch.testing.assert_close(both.stacks[0].theta_NM[0], alone.stacks[0].theta_NM[0], rtol=1e-3, atol=1e-5)
+
+
+def test_a_half_precision_overflow_is_a_diverged_trial() -> None:
+    base = tiny_base(dtype=torch.float16)  # overflows beyond 65,504
+    wild = Trial("wild", settings("lora"), 5, Training(learning_rate=1000, epochs=3), tuple(range(12)))
+    engine = Lockstep(base, [wild], 3, TOKENS, None)
+    engine.run()
+    assert engine.states[0].finished == "diverged"
+    assert engine.stacks[0].theta_NM.isfinite().all()
 
 
 @pytest.mark.parametrize("name", STACKED)

@@ -107,6 +107,17 @@ class TrialState:
         return self.current_order[1][place * size : (place + 1) * size]
 
 
+@dataclass(frozen=True)
+class _Work:
+    """One row of one trial's step."""
+
+    row: PackedRow
+    label: int
+    share: float
+    """Of the step's mean loss."""
+    state: TrialState
+
+
 LOSS_SCALE = {torch.float16: 1024.0}
 """Keeps small gradients of a half-precision base from vanishing on their way down; taken back before clipping."""
 
@@ -170,24 +181,29 @@ class Lockstep:
     def tick(self) -> list[TrialState]:
         """One optimizer step of every active trial; returns those that ended an epoch with it."""
         started = time.perf_counter()
-        if not self.cache_filled:
-            self.cache.fill([*self.train.ids, *(self.valid.ids if self.valid else ())])
-            self.cache_filled = True
+        self._fill_cache()
         active = [state for state in self.states if state.finished is None]
         batches = [state.batch() for state in active]
         self._gradients(active, batches)
         for state, batch in zip(active, batches, strict=True):
+            if state.finished is not None:
+                continue
             state.optimizer.step_(state.step, state.trial.total_steps)
             state.step += 1
             self.stacks[state.stack].after_step(state.n, state.step)
             self.trained_rows += len(batch)
         self.seconds["train"] += time.perf_counter() - started
-        ended = [state for state in active if state.step % state.trial.steps_per_epoch == 0]
+        ended = [s for s in active if s.finished is None and s.step % s.trial.steps_per_epoch == 0]
         if ended:
             started = time.perf_counter()
             self._end_epoch(ended)
             self.seconds["evaluate"] += time.perf_counter() - started
         return ended
+
+    def _fill_cache(self) -> None:
+        if not self.cache_filled:
+            self.cache.fill([*self.train.ids, *(self.valid.ids if self.valid else ())])
+            self.cache_filled = True
 
     def _gradients(self, active: list[TrialState], batches: list[list[int]]) -> None:
         """Fill every stack's gradients with those of the active trials' mean losses and penalties."""
@@ -198,30 +214,47 @@ class Lockstep:
             for place, row in enumerate(batch):
                 noise = _mix(state.trial.seed, "noise", state.step, place)
                 packed = PackedRow(state.stack, state.n, self.train.ids[row], noise)
-                work.append((packed, self.train.labels[row], 1.0 / len(batch), state))
+                work.append(_Work(packed, self.train.labels[row], 1.0 / len(batch), state))
         scale = LOSS_SCALE.get(self.base.dtype, 1.0)
-        lengths = [len(packed.ids) + self.stacks[packed.stack].virtual_tokens for packed, *_ in work]
+        lengths = [len(item.row.ids) + self.stacks[item.row.stack].virtual_tokens for item in work]
         for chosen in passes(lengths, self.token_budget):
-            rows = [work[i][0] for i in chosen]
-            stream = self.base.stream(rows, self.stacks, self.entries)
-            joining = self.cache.joining(stream)
-            labels_B = torch.tensor([work[chosen[i]][1] for i in stream.order]).to(self.base.device)
-            share_B = torch.tensor([work[chosen[i]][2] for i in stream.order]).to(self.base.device)
-            with self.base.running(stream, self.stacks):
-                pooled_BD = self.base.pooled(stream, self.stacks, joining=joining, checkpointing=self.checkpointing)
-                scores = [self.stacks[p.stack].scores(pooled_BD[p.first : p.last], p) for p in stream.parts]
-                nats_B = F.cross_entropy(torch.cat(scores), labels_B, reduction="none")
-                (nats_B * share_B).sum().mul(scale).backward()  # type: ignore[no-untyped-call]
-            for value, place in zip(nats_B.detach().double().unbind(), stream.order, strict=True):
-                work[chosen[place]][3].nats += value
+            kept = self._backward([work[i] for i in chosen], scale)
+            while kept is not None:  # a trial has just diverged: its rows must not touch the others' gradients
+                kept = self._backward(kept, scale)
         if scale != 1.0:
             for stack in self.stacks:
                 stack.grad_NM.div_(scale)
         for s, stack in enumerate(self.stacks):
             penalty_N = stack.penalty_N()
-            mine = [state.n for state in active if state.stack == s]
+            mine = [state.n for state in active if state.stack == s and state.finished is None]
             if penalty_N is not None and mine:
                 penalty_N[mine].sum().backward()  # type: ignore[no-untyped-call]
+
+    def _backward(self, work: list[_Work], scale: float) -> list[_Work] | None:
+        """One pass forward and back. Where a loss is not finite, its trial is marked as diverged, nothing is added to any
+        gradient, and the work of the other trials is returned, to be done again.
+        """
+        if not work:
+            return None
+        stream = self.base.stream([item.row for item in work], self.stacks, self.entries)
+        joining = self.cache.joining(stream)
+        ordered = [work[i] for i in stream.order]
+        labels_B = torch.tensor([item.label for item in ordered]).to(self.base.device)
+        share_B = torch.tensor([item.share for item in ordered]).to(self.base.device)
+        with self.base.running(stream, self.stacks):
+            pooled_BD = self.base.pooled(stream, self.stacks, joining=joining, checkpointing=self.checkpointing)
+            scores = [self.stacks[p.stack].scores(pooled_BD[p.first : p.last], p) for p in stream.parts]
+            nats_B = F.cross_entropy(torch.cat(scores), labels_B, reduction="none")
+            finite = torch.isfinite(nats_B.detach()).tolist()
+            if not all(finite):
+                for item, good in zip(ordered, finite, strict=True):
+                    if not good:
+                        item.state.finished = "diverged"
+                return [item for item in work if item.state.finished is None]
+            (nats_B * share_B).sum().mul(scale).backward()  # type: ignore[no-untyped-call]
+        for value, item in zip(nats_B.detach().double().unbind(), ordered, strict=True):
+            item.state.nats += value
+        return None
 
     def _end_epoch(self, ended: list[TrialState]) -> None:
         probabilities: list[NDArray[np.float64]] = []
@@ -261,6 +294,7 @@ class Lockstep:
     def probabilities(self, jobs: Sequence[tuple[TrialState, Tokens]]) -> list[NDArray[np.float64]]:
         """Class probabilities of each job's rows, (rows, C), in the job's order: trials side by side in shared passes."""
         rows = [(state.stack, state.n, ids) for state, tokens in jobs for ids in tokens.ids]
+        self._fill_cache()  # first, also after a restart: what a row shares a pass with decides its last bits
         for _, tokens in jobs:
             self.cache.fill(tokens.ids)
         scores = score_rows(

@@ -192,8 +192,10 @@ def load_study(run: Path) -> Study:
     try:
         results = json.loads((run / "results.json").read_text(encoding="utf-8"))
         environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunError(f"its results cannot be read: {error}", file=run) from None
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"its results cannot be read: {error}", file=run, hint="the command that made it, with --overwrite, makes it again"
+        ) from None
     return Study(run, results, environment, tuple(environment.get("warnings", ())))
 
 
@@ -261,16 +263,16 @@ def _difference(old: Path, recipe: Recipe) -> str:
     import tomllib
 
     before, now = tomllib.loads(old.read_text(encoding="utf-8")), tomllib.loads(recipe.to_toml())
-    flat = [
-        {
-            f"{k}.{kk}" if isinstance(v, dict) else k: vv
-            for k, v in t.items()
-            for kk, vv in (v.items() if isinstance(v, dict) else [("", v)])
-        }
-        for t in (before, now)
-    ]
-    keys = [k for k in sorted(set(flat[0]) | set(flat[1])) if flat[0].get(k) != flat[1].get(k)]
-    return "; ".join(f"{k}: {flat[0].get(k)} there, {flat[1].get(k)} now" for k in keys[:3])
+    said = []
+    for key in [*before, *(key for key in now if key not in before)]:
+        old_value, new_value = before.get(key), now.get(key)
+        if isinstance(old_value, dict) and isinstance(new_value, dict):
+            for inner in sorted(set(old_value) | set(new_value)):
+                if old_value.get(inner) != new_value.get(inner):
+                    said.append(f"{key}: {inner} = {old_value.get(inner)} there, {new_value.get(inner)} now")
+        elif old_value != new_value and not isinstance(old_value or new_value, dict):
+            said.append(f"{key} = {old_value} there, {new_value} now")
+    return "; ".join(said[:3])
 
 
 @contextmanager
