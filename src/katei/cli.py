@@ -449,6 +449,8 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
+    if code == 130:  # so do others of its versions
+        _stopped(arguments)
     sys.exit(code if isinstance(code, int) else 0)
 
 

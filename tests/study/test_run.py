@@ -272,10 +272,20 @@ def test_without_valid_and_test_rows_a_study_still_ends(llama: Trained, tmp_path
     assert pq.read_table(tmp_path / "run" / "predictions.parquet").num_rows == 0
 
 
-def test_a_trial_that_diverges_is_named_and_the_others_end(llama: Trained, tmp_path: Path) -> None:
-    recipe = tmp_path / "r.toml"
-    recipe.write_text("[lora]\nlearning_rate = 1000\nalpha = 1e9\nclip_norm = 0\n")
-    study = small(llama.base, llama.data, tmp_path / "run", methods=["lora", "head"], recipe=recipe, epochs=3)
+def test_a_trial_that_diverges_is_named_and_the_others_end(
+    llama: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = study_run.Lockstep.tick
+
+    def tick(engine: Any) -> Any:
+        ended = honest(engine)
+        lora = engine.states[0]
+        if lora.step == 2:
+            engine.stacks[lora.stack].theta_NM[lora.n].fill_(float("nan"))
+        return ended
+
+    monkeypatch.setattr(study_run.Lockstep, "tick", tick)
+    study = small(llama.base, llama.data, tmp_path / "run", methods=["lora", "head"], epochs=3)
     lora, head = study.results["trials"]
     assert (lora["finished"], head["finished"]) == ("diverged", "done")
     assert lora["test"] is None

@@ -227,6 +227,9 @@ class AdaLoRAStack(Stack):
         """Rank left at each site: the numbers of E that are not zero."""
         return {site.name: int((self.tensors[f"{site.name}.E_R"][n] != 0).sum()) for site in self.sites}
 
+    def total(self, base: Base) -> int:
+        return super().total(base) + len(self.sites)  # peft keeps a frozen count of ranks at each site
+
     def buffers(self) -> dict[str, Tensor]:
         return {"sensitivity_Q": self.sensitivity_NQ, "uncertainty_Q": self.uncertainty_NQ, "kept_X": self.kept_NX}
 

@@ -194,6 +194,10 @@ class Stack(ABC):
         """Numbers trained by one adapter, head included (the count peft prints)."""
         return self.numbers
 
+    def total(self, base: Base) -> int:
+        """All numbers, as peft counts them: the base, what is trained, and the untrained head peft keeps beside the trained one."""
+        return base.parameters_count() + self.trainable + (self.classes * base.width if self.head_in_peft else 0)
+
     # ---------------------------------------------------------------- peft's format
 
     @abstractmethod

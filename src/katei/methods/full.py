@@ -67,6 +67,9 @@ class FullStack(Stack):
     def trainable(self) -> int:
         return self.numbers + sum(weight.numel() for weight in self.weights.values())
 
+    def total(self, base: Base) -> int:
+        return self.trainable
+
     def snapshot(self, n: int) -> dict[str, Tensor]:
         return super().snapshot(n) | {f"weights.{name}": w.detach().clone() for name, w in self.weights.items()}
 

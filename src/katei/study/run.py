@@ -194,7 +194,9 @@ def load_study(run: Path) -> Study:
         environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(
-            f"its results cannot be read: {error}", file=run, hint="the command that made it, with --overwrite, makes it again"
+            f"its results cannot be read: {error}",
+            file=run,
+            hint="the command that made it, with --overwrite, makes it again",
         ) from None
     return Study(run, results, environment, tuple(environment.get("warnings", ())))
 
@@ -412,8 +414,6 @@ def _train_group(
     save_state(state_file, lockstep, fingerprint)  # the scoring below may be killed too
 
     evaluating = time.perf_counter()
-    # `total` is what peft prints: backbone, adapter and head
-    own_base = sum(p.numel() for p in base.model.parameters() if not p.requires_grad)
     scored = {name: split for name, split in tokens.items() if name in ("valid", "test")}
     probabilities = {
         name: lockstep.probabilities([(state, split) for state in lockstep.states]) for name, split in scored.items()
@@ -423,9 +423,7 @@ def _train_group(
         stack = lockstep.stacks[state.stack]
         ranks = stack.ranks(state.n) if isinstance(stack, AdaLoRAStack) else None
         finished.append(
-            _Finished(
-                state, stack.trainable, own_base + stack.trainable, {k: v[i] for k, v in probabilities.items()}, ranks
-            )
+            _Finished(state, stack.trainable, stack.total(base), {k: v[i] for k, v in probabilities.items()}, ranks)
         )
     _save_trials(lockstep, finished, base, recipe, dataset, tokens, out)
     lockstep.seconds["evaluate"] += time.perf_counter() - evaluating
