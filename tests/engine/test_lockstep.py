@@ -1,0 +1,137 @@
+"""The engine's own rules: order, schedule, dropout, epochs, stopping, the best epoch, checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import get_linear_schedule_with_warmup
+
+from katei.base.stream import PackedRow
+from katei.core.errors import RecipeError, RunError
+from katei.engine.checkpoint import load_state, save_state
+from katei.engine.lockstep import Lockstep, Trial
+from katei.engine.optimizer import Training
+from katei.methods.contract import TrialFacts
+from tests.helpers.models import STACKED, random_tokens, settings, tiny_base
+
+BASE = tiny_base()
+TOKENS = random_tokens(10)
+VALID = random_tokens(6, seed=4)
+
+
+def trial(name: str = "lora", seed: int = 0, **training: object) -> Trial:
+    values = {"learning_rate": 1e-2, "epochs": 3, **training}
+    return Trial(f"{name}-{seed}", settings(name), seed, Training(**values), tuple(range(10)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0.0, 7), (0.3, 10), (0.1, 1), (0.5, 33)])
+def test_the_schedule_is_the_librarys(warmup: float, steps: int) -> None:
+    training = Training(learning_rate=0.02, warmup=warmup)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.02)
+    schedule = get_linear_schedule_with_warmup(optimizer, -(-int(warmup * steps * 1000) // 1000), steps)
+    for step in range(steps):
+        assert training.rate(step, steps) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+
+
+def test_every_row_comes_once_an_epoch_in_an_order_of_the_seeds_own() -> None:
+    one, other = trial(seed=0), trial(seed=1)
+    assert sorted(one.order(0)) == list(range(10))
+    assert one.order(0) == one.order(0)
+    assert len({tuple(t.order(e)) for t in (one, other) for e in range(3)}) == 6
+
+
+def test_accumulated_batches_are_one_big_batch() -> None:
+    small = Lockstep(BASE, [trial(batch_size=2, accumulation=3)], 3, TOKENS, None)
+    big = Lockstep(BASE, [trial(batch_size=6)], 3, TOKENS, None)
+    small.run()
+    big.run()
+    assert small.states[0].step == big.states[0].step == 3 * 2
+    torch.testing.assert_close(small.stacks[0].theta_NM, big.stacks[0].theta_NM)
+
+
+def test_early_stopping_stops_and_the_best_epoch_stays() -> None:
+    engine = Lockstep(BASE, [trial(learning_rate=0.05, epochs=12, patience=2, keep="best")], 3, TOKENS, VALID)
+    seen: dict[int, torch.Tensor] = {}
+
+    def watch(lockstep: Lockstep, ended: list[object]) -> None:
+        state = lockstep.states[0]
+        if ended and state.finished is None:
+            seen[len(state.epochs)] = lockstep.stacks[0].theta_NM[0].clone()
+
+    engine.run(watch)  # type: ignore[arg-type]
+    state = engine.states[0]
+    losses = [epoch.valid_loss for epoch in state.epochs]
+    assert state.finished == "early"
+    assert len(losses) == state.best_epoch + 2  # type: ignore[operator]
+    assert losses[state.best_epoch - 1] == min(losses)  # type: ignore[operator, type-var]
+    assert torch.equal(engine.stacks[0].theta_NM[0], seen[state.best_epoch])  # type: ignore[index]
+
+
+def test_dropout_depends_on_row_step_and_place_and_keeps_the_mean() -> None:
+    stack = settings("lora").build(BASE, 3, [0, 1], [TrialFacts(1)] * 2)
+    rows = [PackedRow(0, 0, TOKENS.ids[0], noise=11), PackedRow(0, 1, TOKENS.ids[1], noise=12)]
+    together = BASE.stream(rows, [stack]).parts[0].keep_TI(5, 64, 0.25)
+    alone = BASE.stream(rows[1:], [stack]).parts[0].keep_TI(5, 64, 0.25)
+    elsewhere = BASE.stream(rows[1:], [stack]).parts[0].keep_TI(6, 64, 0.25)
+    assert together is not None
+    assert alone is not None
+    assert elsewhere is not None
+    assert torch.equal(together[len(TOKENS.ids[0]) :], alone)
+    assert not torch.equal(alone, elsewhere)
+    many = BASE.stream([PackedRow(0, 0, [3] * 200, noise=7)], [stack]).parts[0].keep_TI(0, 64, 0.25)
+    assert many is not None
+    assert many.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert float(many.mean()) == pytest.approx(1.0, abs=0.02)
+    quiet = BASE.stream([PackedRow(0, 0, TOKENS.ids[0])], [stack]).parts[0]
+    assert quiet.keep_TI(5, 64, 0.25) is None
+
+
+@pytest.mark.parametrize("ticks", [1, 4, 10, 13])
+def test_a_restored_run_ends_with_the_same_bytes(ticks: int, tmp_path: Path) -> None:
+    trials = [trial(name, batch_size=1 + i % 2, keep="best") for i, name in enumerate(STACKED)]
+
+    def fresh() -> Lockstep:
+        return Lockstep(BASE, trials, 3, TOKENS, VALID)
+
+    whole, begun, resumed = fresh(), fresh(), fresh()
+    whole.run()
+    for _ in range(ticks):
+        begun.tick()
+    save_state(tmp_path / "state.safetensors", begun, "me")
+    load_state(tmp_path / "state.safetensors", resumed, "me")
+    resumed.run()
+    for a, b in zip(whole.stacks, resumed.stacks, strict=True):
+        assert torch.equal(a.theta_NM, b.theta_NM)
+    assert [s.epochs for s in whole.states] == [s.epochs for s in resumed.states]
+    with pytest.raises(RunError, match="another recipe"):
+        load_state(tmp_path / "state.safetensors", fresh(), "somebody else")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", -1.0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", 1e9),
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("accumulation", -1),
+        ("weight_decay", -0.1),
+        ("weight_decay", 1e6),
+        ("warmup", 1.0),
+        ("clip_norm", float("inf")),
+        ("patience", -1),
+        ("keep", "middle"),
+        ("beta1", 1.0),
+        ("epsilon", 0.0),
+    ],
+)
+def test_settings_that_cannot_be_trained_are_refused(field: str, value: object) -> None:
+    with pytest.raises(RecipeError, match=field) as caught:
+        Training(**{"learning_rate": 1e-3, field: value})  # type: ignore[arg-type]
+    assert caught.value.hint
