@@ -7,29 +7,21 @@ would: LLaMA-Adapter's head is un-frozen, AdaLoRA's `update_and_allocate` is cal
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import (
-    AdaLoraConfig,
-    AdaptionPromptConfig,
-    IA3Config,
-    LoraConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    get_peft_model,
-)
+from tests.helpers.peft_reference import peft_model, sequence_classifier
 from torch.utils.data import Dataset, Sampler
-from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from katei.engine.lockstep import Tokens, Trial
-from katei.methods.contract import HEAD, Stack
+from katei.methods.contract import Stack
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -81,81 +73,10 @@ class Reference:
     seconds: float
     valid_losses: list[float] = field(default_factory=list)
     test_logits: np.ndarray | None = None
-    peak_bytes: int | None = None
-
-
-def peft_config(trial: Trial) -> Any:
-    m: Any = trial.method
-    kind = {"task_type": "SEQ_CLS"}
-    match m.name:
-        case "lora":
-            return LoraConfig(
-                **kind, r=m.rank, lora_alpha=m.alpha, target_modules=list(m.targets), lora_dropout=m.dropout
-            )
-        case "adalora":
-            return AdaLoraConfig(
-                **kind,
-                init_r=m.rank,
-                target_r=m.target_rank,
-                lora_alpha=m.alpha,
-                target_modules=list(m.targets),
-                total_step=trial.total_steps,
-                tinit=int(m.warmup * trial.total_steps),
-                tfinal=int(m.final * trial.total_steps),
-                deltaT=m.interval,
-            )
-        case "prompt-tuning":
-            return PromptTuningConfig(**kind, num_virtual_tokens=m.virtual_tokens)
-        case "p-tuning":
-            return PromptEncoderConfig(
-                **kind,
-                num_virtual_tokens=m.virtual_tokens,
-                encoder_reparameterization_type="MLP",
-                encoder_hidden_size=m.hidden,
-            )
-        case "ia3":
-            return IA3Config(**kind)
-        case "llama-adapter":
-            return AdaptionPromptConfig(**kind, adapter_layers=m.layers, adapter_len=m.length)
-    raise ValueError(m.name)
-
-
-def build(folder: Path, trial: Trial, stack: Stack, n: int) -> Any:
-    """The peft model with katei's initial values copied in."""
-    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=stack.classes, dtype=torch.float32)
-    base.config.pad_token_id = base.config.pad_token_id or base.config.eos_token_id or 0
-    model = get_peft_model(base, peft_config(trial))
-    values = {name: tensor[n].detach() for name, tensor in stack.tensors.items()}
-    ours: Mapping[str, torch.Tensor]
-    if trial.method.name == "p-tuning":
-        ours = {"embedding.weight": values["embedding_PD"]}
-        for layer in range(3):
-            ours |= {
-                f"mlp_head.{2 * layer}.weight": values[f"mlp{layer}.w_OI"],
-                f"mlp_head.{2 * layer}.bias": values[f"mlp{layer}.b_O"],
-            }
-    elif trial.method.name == "prompt-tuning":
-        ours = {"embedding.weight": values["prompt_PD"]}
-    else:
-        ours = stack.peft_tensors(n)
-    copied = set()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            plain = name.replace(".default", "").replace(".modules_to_save", "")
-            for key, value in ours.items():
-                if plain.endswith(key):
-                    parameter.copy_(value.reshape(parameter.shape))
-                    copied.add(key)
-            if plain.endswith("score.weight"):
-                parameter.copy_(values[HEAD])
-                if trial.method.name == "llama-adapter":
-                    parameter.requires_grad_(True)
-    assert copied == set(ours), f"not copied: {sorted(set(ours) - copied)[:3]}"
-    return model
 
 
 def train(
-    folder: Path,
+    backbone: PreTrainedModel,
     trial: Trial,
     stack: Stack,
     n: int,
@@ -165,8 +86,12 @@ def train(
     *,
     epochs: int | None = None,
 ) -> Reference:
-    """Train with Trainer as its documentation says: evaluation each epoch, nothing saved, nothing reported."""
-    model = build(folder, trial, stack, n)
+    """Train adapter n's beginning with Trainer as its documentation says: evaluation each epoch, nothing saved or reported.
+
+    `epochs` ends the run early, on the schedule of the whole.
+    """
+    classifier = sequence_classifier(backbone, stack.classes, attention="sdpa")
+    model = peft_model(classifier, stack, n, trial.method, trial.total_steps)
     t = trial.training
     losses: list[float] = []
 
@@ -176,7 +101,7 @@ def train(
         return {"accuracy": float((logits.argmax(1) == prediction.label_ids).mean())}
 
     arguments = TrainingArguments(
-        output_dir="/tmp/katei-reference",
+        output_dir=tempfile.mkdtemp(),
         num_train_epochs=t.epochs,
         max_steps=-1 if epochs is None else epochs * trial.steps_per_epoch,
         per_device_train_batch_size=t.batch_size,

@@ -62,11 +62,11 @@ def peft_config(method: Method, total_steps: int) -> Any:
     raise ValueError(method.name)
 
 
-def sequence_classifier(backbone: PreTrainedModel, classes: int) -> Any:
+def sequence_classifier(backbone: PreTrainedModel, classes: int, attention: str = "eager") -> Any:
     """The library's classifier around a copy of a backbone."""
     config = copy.deepcopy(backbone.config)
     config.num_labels, config.pad_token_id = classes, 0
-    config._attn_implementation = "eager"
+    config._attn_implementation = attention
     model = AutoModelForSequenceClassification.from_config(config)
     weights = {f"model.{name}": tensor for name, tensor in backbone.state_dict().items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)

@@ -431,7 +431,7 @@ def test_a_state_that_is_no_state_is_an_error_and_overwrite_starts_again(
 def test_ctrl_c_saves_says_so_and_the_same_command_goes_on(llama: Trained, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "katei.cli", "compare", str(llama.data), "--model", str(llama.base), "--out"]
-    rest = ["--method", "lora,adalora,ia3", "--epochs", "60", "--save-seconds", "1000"]
+    rest = ["--method", "lora,adalora,ia3", "--epochs", "20", "--save-seconds", "1000"]
     started = subprocess.Popen(
         [*command, str(out), *rest],
         stdout=subprocess.PIPE,
@@ -441,7 +441,7 @@ def test_ctrl_c_saves_says_so_and_the_same_command_goes_on(llama: Trained, tmp_p
     )
     assert started.stderr is not None
     for line in started.stderr:
-        if line.startswith("epoch 2/60"):
+        if line.startswith("epoch 2/20"):
             started.send_signal(signal.SIGINT)
             break
     said, printed = started.stderr.read(), started.stdout.read() if started.stdout else ""
@@ -459,8 +459,8 @@ def test_ctrl_c_saves_says_so_and_the_same_command_goes_on(llama: Trained, tmp_p
     )
     assert again.returncode == 0, again.stderr
     assert "going on from step" in again.stderr
-    assert "epoch 1/60" not in again.stderr
-    small(llama.base, llama.data, tmp_path / "whole", epochs=60, seeds=None, batch_size=None)
+    assert "epoch 1/20" not in again.stderr
+    small(llama.base, llama.data, tmp_path / "whole", epochs=20, seeds=None, batch_size=None)
     assert result_bytes(out) == result_bytes(tmp_path / "whole")
 
 
