@@ -59,6 +59,8 @@ def compare(
         "methods": None if methods is None else list(methods),
         "seeds": None if seeds is None else list(seeds),
     }
+    if save_seconds is not None and not 0 <= save_seconds < float("inf"):
+        raise RecipeError(f"save_seconds is {save_seconds}, but it must be 0 or more", hint="--save-seconds 60")
     resolved = load_recipe(_recipe_path(recipe), overrides, method_overrides=settings)
     return run_study(
         resolved,

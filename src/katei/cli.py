@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so `katei --help` is quick.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -411,6 +412,9 @@ def _finish(result: dict[str, Any], as_json: bool, show: Any) -> None:
 
 def main() -> None:
     """The `katei` program: exit code 0, 2 for a user's mistake, 130 when stopped, and a traceback only with --debug."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is escaped, never an error
+            stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
@@ -443,11 +447,10 @@ def main() -> None:
         if refused is not None:
             _report(str(refused), {**refused.as_dict(), "kind": "system"}, as_json)
             sys.exit(2)
-        print(
-            f"katei: a mistake of katei's own: {type(error).__name__}: {error}\n"
-            "  → the same command with --debug shows where; please report it",
-            file=sys.stderr,
-        )
+        message = f"a mistake of katei's own: {type(error).__name__}: {error}"
+        hint = "the same command with --debug shows where; please report it"
+        facts = {"kind": "bug", "message": message, "file": None, "row": None, "hint": hint}
+        _report(f"{message}\n  → {hint}", facts, as_json)
         sys.exit(1)
     if code == 130:  # so do others of its versions
         _stopped(arguments)

@@ -32,7 +32,7 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
         got = "" if first["type"] == "missing" else f", got {first['input']!r}"
         raise RecipeError(f"{where}: {key}: {_lower(first['msg'])}{got}", hint=_example(key)) from None
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"{where}: {error}") from None
+        raise RecipeError(f"{where}: {error}", hint=_example("(all)")) from None
 
 
 def _lower(message: str) -> str:

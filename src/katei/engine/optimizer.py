@@ -45,7 +45,7 @@ class Training:
 
         # bounded, so that no number of an adapter can overflow: companions share products with it
         must(0 < self.learning_rate <= 1000, "learning_rate", "it must be positive, 1000 at most", "1e-4")
-        must(self.epochs >= 1, "epochs", "a trial trains for 1 or more", "10")
+        must(1 <= self.epochs <= 100_000, "epochs", "a trial trains for 1 to 100,000", "10")
         must(self.batch_size >= 1, "batch_size", "it counts rows", "1")
         must(self.accumulation >= 1, "accumulation", "it counts batches", "1")
         decays = self.weight_decay >= 0 and self.learning_rate * self.weight_decay < 1

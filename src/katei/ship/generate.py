@@ -6,6 +6,7 @@ a few dozen tokens.        Dimensions: B prompts · D width · V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,10 +33,12 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.new_tokens < 1:
             raise RecipeError(f"new_tokens is {self.new_tokens}, but it counts tokens", hint="--new-tokens 40")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise RecipeError(
-                f"temperature is {self.temperature}, below 0", hint="--temperature 0 is greedy, 0.8 varied"
+                f"temperature is {self.temperature}, but it must be 0 or more", hint="--temperature 0 is greedy, 0.8 varied"
             )
+        if not 0 <= self.seed < 2**62:
+            raise RecipeError(f"seed is {self.seed}, but it is a whole number of 0 or more", hint="--seed 0")
         if not 0 < self.top_p <= 1:
             raise RecipeError(f"top_p is {self.top_p}, but it is a share", hint="--top-p 0.9")
 
@@ -71,11 +74,12 @@ def generate(
     for row, start in zip(rows, starts, strict=True):
         before = base.tokenizer.decode(row[:start], skip_special_tokens=True)
         whole = base.tokenizer.decode(row, skip_special_tokens=True)
-        texts.append(
+        text = (
             whole[len(before) :]
             if whole.startswith(before)
             else base.tokenizer.decode(row[start:], skip_special_tokens=True)
         )
+        texts.append(text.rstrip("\N{REPLACEMENT CHARACTER}"))  # half a character, whose other tokens did not come
     return texts
 
 

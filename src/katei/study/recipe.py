@@ -50,7 +50,9 @@ class Recipe:
             method_class(name)
         for what, values in (("methods", self.methods), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
-                raise RecipeError(f"{what} lists one of its entries twice: {list(values)}")
+                raise RecipeError(
+                    f"{what} lists one of its entries twice: {list(values)}", hint="name each once"
+                )
         if not self.seeds or any(not 0 <= seed < 2**32 for seed in self.seeds):
             raise RecipeError(
                 f"seeds is {list(self.seeds)}, but it lists whole numbers of 0 or more", hint="seeds = [0, 1, 2]"
@@ -76,9 +78,7 @@ class Recipe:
 
     def check(self) -> None:
         """Resolve everything once, so that a mistake is found before any model is loaded."""
-        for name in self.settings:
-            method_class(name)
-        for name in self.methods:
+        for name in dict.fromkeys([*self.methods, *self.settings]):
             self.resolved(name)
 
     def to_toml(self) -> str:
@@ -118,9 +118,11 @@ def load_recipe(
                 f"the recipe cannot be read: {error.strerror}", file=path, hint="recipes/book.toml is one to begin with"
             ) from None
         except UnicodeDecodeError:
-            raise RecipeError("the recipe is not UTF-8 text", file=path) from None
+            raise RecipeError("the recipe is not UTF-8 text", file=path, hint="save it as UTF-8") from None
         except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"the recipe is not TOML: {error}", file=path) from None
+            raise RecipeError(
+                f"the recipe is not TOML: {error}", file=path, hint="recipes/book.toml is one to begin with"
+            ) from None
     training = table.pop("training", {})
     settings = {name: table.pop(name) for name in list(table) if name in METHODS}
     for name, value in (("training", training), *settings.items()):
@@ -141,11 +143,11 @@ def load_recipe(
     for name in ("model", "data"):
         if name not in top:
             raise RecipeError(f"no {name} given", hint=f"--{name} on the command line, or {name} = … in the recipe")
-    if "methods" in top and list(top["methods"]) == ["all"]:
+    if top.get("methods") in (["all"], ("all",)):
         top["methods"] = list(BOOK)
     if method_overrides:
         methods = top.get("methods", BOOK)
-        if len(methods) != 1:
+        if not isinstance(methods, list | tuple) or len(methods) != 1:
             raise RecipeError(
                 "settings of one method were given, but the recipe has several",
                 hint="put them into the method's table of a recipe file",

@@ -39,7 +39,7 @@ from katei.base.load import load_base, load_config, load_tokenizer, resolve_base
 from katei.base.packed import Base, check_ids
 from katei.base.quiet import quiet
 from katei.core import metrics
-from katei.core.errors import BaseError, DataError, RunError, UserError
+from katei.core.errors import BaseError, DataError, RecipeError, RunError, UserError
 from katei.core.files import folder_atomic, write_atomic, write_json, write_text
 from katei.data import Dataset, Split, cut_warnings, load_dataset
 from katei.engine.checkpoint import is_state_of, load_state, save_state
@@ -130,6 +130,8 @@ def run_study(
         name: encode(tokenizer, split, recipe.max_length, config.vocab_size) for name, split in dataset.splits.items()
     }
     groups = _groups(recipe, len(dataset.train.texts))
+    if dataset.valid is None:
+        _check_no_valid([trial for group in groups for trial in group])
     pick_device(recipe.device)
     _check_fit(groups, config, tokenizer, len(dataset.label_names), recipe.precision)
     identity = sha256((recipe.to_toml() + dataset.sha256).encode()).hexdigest()
@@ -359,6 +361,16 @@ def _groups(recipe: Recipe, rows: int) -> list[list[Trial]]:
             else:
                 shared.append(trial)
     return ([shared] if shared else []) + alone
+
+
+def _check_no_valid(trials: list[Trial]) -> None:
+    for trial in trials:
+        if trial.training.keep == "best" or trial.training.patience:
+            setting = 'keep = "best"' if trial.training.keep == "best" else f"patience = {trial.training.patience}"
+            raise RecipeError(
+                f"{trial.name}: {setting} needs a validation loss, and there are no valid rows",
+                hint="add valid.tsv to the data, or leave the setting out",
+            )
 
 
 def _check_fit(groups: list[list[Trial]], config: Any, tokenizer: Any, classes: int, precision: str) -> None:
