@@ -1,6 +1,6 @@
 """TF-IDF + logistic regression on the bundled poems: what no language model at all reaches.
 
-    python -m benchmarks.poems_baseline
+python -m benchmarks.poems_baseline
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def main() -> None:
         model.fit(data.train.texts, data.train.labels)
         correct = int((model.predict(data.test.texts) == data.test.labels).sum())
         low, high = wilson_interval(correct, len(data.test.labels))
-        print(f"{name}: {correct} of {len(data.test.labels)} test rows, {correct / 54:.3f}, 95 % {low:.3f} – {high:.3f}")
+        print(
+            f"{name}: {correct} of {len(data.test.labels)} test rows, {correct / 54:.3f}, 95 % {low:.3f} – {high:.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from katei import cli
-from tests.helpers.rows import EVERY_METHOD, data_folder
+from tests.helpers.rows import EVERY_METHOD
 from tests.helpers.tiny import edit_config
 from tests.helpers.trained import Trained, train_study
 
@@ -164,7 +164,6 @@ MISTAKES: dict[str, Mistake] = {
     ),
     # --- recipes and flags
     "no method": Mistake("train data --model base --out out", "no method given", kind="recipe"),
-    "no model": Mistake("train data --method lora --out out", "no model given", kind="recipe"),
     "no data": Mistake("compare --model base --out out", "no data given", kind="recipe"),
     "unknown method": Mistake(f"{TRAIN} --method lorra", "no method is named 'lorra'", kind="recipe"),
     "unknown method in a list": Mistake(f"{COMPARE} --method lora,ia4", "no method is named 'ia4'", kind="recipe"),

@@ -26,10 +26,12 @@ app = typer.Typer(
 
 METHOD_HELP = "lora, adalora, prompt-tuning, p-tuning, prefix-tuning, ia3, llama-adapter, head or full"
 MODEL_HELP = "A folder, a hub id, a GGUF file, or a built-in: gemma3-270m, smollm2."
+BASE_HELP = f"{MODEL_HELP} [gemma3-270m]"
 DATA_HELP = "A folder with train/valid/test as .tsv, .csv, .jsonl or .parquet; one such file; a hub data-set id; or poems, poems-en."
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Model = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
+BaseModel = Annotated[str | None, typer.Option("--model", help=BASE_HELP)]
 Precision = Annotated[str, typer.Option(help="Of the frozen base: fp32, bf16 or fp16. Adapters and heads are fp32.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 TrialName = Annotated[str | None, typer.Option("--trial", help="Which trial of a run with several.")]
@@ -65,22 +67,28 @@ TrainDevice = Annotated[str | None, typer.Option("--device", help="auto, cpu, cu
 SaveSeconds = Annotated[float, typer.Option(help="Save the state at most this often; a killed run goes on from there.")]
 
 
-@app.callback()
-def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from katei import __version__
 
         print(f"katei {__version__}")
         raise typer.Exit
 
 
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
-    model: Model = None,
+    model: BaseModel = None,
     epochs: Epochs = None,
     device: TrainDevice = None,
     overwrite: Overwrite = False,
@@ -98,7 +106,7 @@ def train(
     data: Annotated[str | None, typer.Argument(help=DATA_HELP)] = None,
     method: Annotated[str | None, typer.Option(help=METHOD_HELP + ".")] = None,
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/train"),
-    model: Model = None,
+    model: BaseModel = None,
     recipe: RecipeFile = None,
     settings: Settings = None,
     seed: Annotated[int | None, typer.Option(help="Everything random flows from it [0].")] = None,
@@ -159,7 +167,7 @@ def compare(
         str | None, typer.Option(help=f"Comma-separated: {METHOD_HELP}; all means the book's six [all].")
     ] = None,
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/compare"),
-    model: Model = None,
+    model: BaseModel = None,
     recipe: RecipeFile = None,
     seeds: Annotated[int | None, typer.Option(help="How many seeds, from 0 [1].")] = None,
     text: TextColumn = None,
@@ -372,11 +380,12 @@ def _settings(pairs: list[str] | None) -> dict[str, Any] | None:
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key.strip():
-            raise UserError(f"--set {pair}", hint="--set rank=1")
+            raise RecipeError(f"--set {pair}: a setting is KEY=VALUE", hint="--set rank=1")
         try:
-            values[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+            table = tomllib.loads(f"value = {value}")
         except tomllib.TOMLDecodeError:
-            values[key.strip()] = value
+            table = {"value": value}
+        values[key.strip()] = table["value"] if len(table) == 1 else value
     return values
 
 

@@ -54,7 +54,9 @@ def tiny_model(architecture: str = "llama", seed: int = 0, dtype: torch.dtype = 
             parameter.copy_(noise if "bias" in name else parameter + noise)
         else:
             parameter.mul_(3.0)  # attention that is not nearly uniform
-    return model.to(dtype)
+    for parameter in model.parameters():  # the rotary table stays in float32, as in a model loaded from disk
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def tiny_base(architecture: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Base:

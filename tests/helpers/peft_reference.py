@@ -105,7 +105,9 @@ def pairs(model: Any, stack: Stack, n: int) -> list[tuple[Tensor, Tensor]]:
     found: list[tuple[Tensor, Tensor]] = []
     used = set()
     for path, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if (
+            not parameter.requires_grad or "ranknum" in path
+        ):  # AdaLoRA's count of ranks, un-frozen by peft in half precision
             continue
         plain = path.replace(".modules_to_save.default", "").replace(".default.weight", ".weight")
         plain = plain.removesuffix(".default")

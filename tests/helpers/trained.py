@@ -38,8 +38,8 @@ def train_study(folder: Path, architecture: str = "llama", methods: tuple[str, .
     base, data = tiny_base_folder(folder, architecture), data_folder(folder / "data", labels=("暖かい", "cold"))
     recipe = folder / "recipe.toml"
     recipe.write_text(
-        "[training]\nepochs = 2\nbatch_size = 3\n[lora]\ndropout = 0.1\n[llama-adapter]\nlayers = 2\nlearning_rate = 0.1\n"
-        "[adalora]\nlearning_rate = 0.03\n",
+        "[training]\nepochs = 2\nbatch_size = 3\nlearning_rate = 0.1\n[lora]\ndropout = 0.1\n[llama-adapter]\nlayers = 2\n"
+        "[full]\nlearning_rate = 0.001\n",
         encoding="utf-8",
     )
     api.compare(data, out=folder / "run", model=str(base), methods=methods, recipe=recipe)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaModel, Trainer, get_linear_schedule_with_warmup
+from transformers import LlamaConfig, LlamaModel, Trainer, TrainingArguments, get_linear_schedule_with_warmup
 
 from katei.base.packed import Base
 from katei.base.stream import PackedRow
@@ -20,7 +22,7 @@ from katei.engine.lockstep import Lockstep, Trial
 from katei.engine.optimizer import Training
 from katei.methods import BOOK
 from katei.methods.adalora import AdaLoRAStack, Budget
-from katei.methods.contract import Method, Stack, TrialFacts
+from katei.methods.contract import HEAD, Method, Stack, TrialFacts
 from katei.study.recipe import load_recipe
 from tests.helpers.models import perturb_, random_tokens, settings, tiny_model
 from tests.helpers.peft_reference import pairs, peft_config, peft_model, sequence_classifier
@@ -44,9 +46,14 @@ CASES: list[tuple[str, str, Method, int]] = [
     ("llama", "prompt tuning", settings("prompt-tuning"), 1),
     ("llama", "p-tuning", settings("p-tuning"), 1),
     ("llama", "p-tuning, lstm", settings("p-tuning", encoder="lstm"), 1),
+    ("gemma3", "prompt tuning", settings("prompt-tuning"), 1),
+    ("qwen3", "p-tuning", settings("p-tuning"), 1),
     ("llama", "prefix tuning", settings("prefix-tuning"), 1),
+    ("llama", "prefix tuning in batches", settings("prefix-tuning"), 4),
+    ("gemma2", "prefix tuning", settings("prefix-tuning"), 1),
     ("llama", "llama-adapter", settings("llama-adapter"), 1),
     ("llama", "llama-adapter in batches", settings("llama-adapter"), 4),
+    ("mistral", "llama-adapter", settings("llama-adapter"), 1),
 ]
 
 
@@ -65,9 +72,13 @@ def started(architecture: str, method: Method, batch_size: int) -> tuple[Any, Lo
 
 def theirs(backbone: Any, engine: Lockstep, dtype: torch.dtype) -> tuple[list[float], Any]:
     """The losses of each step, and the model after the last, as a plain loop over peft gives them."""
-    state, stack = engine.states[0], engine.stacks[0]
-    trial, t = state.trial, state.trial.training
-    model = peft_model(sequence_classifier(backbone, 3), stack, 0, trial.method, trial.total_steps).to(dtype)
+    trial = engine.states[0].trial
+    model = peft_model(sequence_classifier(backbone, 3), engine.stacks[0], 0, trial.method, trial.total_steps).to(dtype)
+    return plain_loop(model, trial), model
+
+
+def plain_loop(model: Any, trial: Trial) -> list[float]:
+    t = trial.training
     decayed = Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
@@ -92,7 +103,7 @@ def theirs(backbone: Any, engine: Lockstep, dtype: torch.dtype) -> tuple[list[fl
         if trial.method.name == "adalora":
             model.base_model.update_and_allocate(step + 1)
         optimizer.zero_grad()
-    return losses, model
+    return losses
 
 
 def ours(engine: Lockstep) -> list[float]:
@@ -128,6 +139,96 @@ def as_good_as(mine: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor)
     scale = exact.double().square().mean().sqrt()
     error, allowed = ((x.double() - exact.double()).square().mean().sqrt() / scale for x in (mine, reference))
     assert error <= 2 * allowed + 2e-7, f"error {error:.2e}, the reference has {allowed:.2e}"
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.2])
+def test_adalora_prunes_the_triplets_that_peft_prunes(warmup: float) -> None:
+    method = settings("adalora", warmup=warmup, final=0.2)
+    backbone, engine = started("llama", method, 1)
+    stack = engine.stacks[0]
+    assert isinstance(stack, AdaLoRAStack)
+    _, model = theirs(backbone, engine, torch.float32)
+    ours(engine)
+    kept = {
+        name.removesuffix(".lora_E"): (tensor != 0).flatten().tolist()
+        for name, tensor in stack.peft_tensors(0).items()
+        if name.endswith("lora_E")
+    }
+    peft_kept = {
+        name.split("base_model.model.model.")[1].split(".lora_E")[0]: (p != 0).flatten().tolist()
+        for name, p in model.named_parameters()
+        if "lora_E" in name
+    }
+    assert kept == peft_kept
+    assert sum(map(sum, kept.values())) == 2 * 8  # the target
+
+
+@pytest.mark.parametrize(("architecture", "batch_size"), [("llama", 1), ("qwen2", 4), ("gemma3", 1)])
+def test_full_fine_tuning_is_the_plain_librarys(architecture: str, batch_size: int) -> None:
+    backbone, engine = started(architecture, settings("full"), batch_size)
+    models = {}
+    for dtype in (torch.float64, torch.float32):
+        model = sequence_classifier(backbone, 3)
+        with torch.no_grad():
+            model.score.weight.copy_(engine.stacks[0].tensors[HEAD][0])
+        models[dtype] = model.to(dtype).requires_grad_(True)
+    exact_losses, their_losses = (torch.tensor(plain_loop(m, engine.states[0].trial)) for m in models.values())
+    as_good_as(torch.tensor(ours(engine)), their_losses, exact_losses)
+    mine = {f"model.{name}": tensor for name, tensor in engine.stacks[0].peft_tensors(0).items()}
+    mine["score.weight"] = engine.stacks[0].tensors[HEAD][0].detach()
+    exact, reference = (dict(m.named_parameters()) for m in models.values())
+    assert set(mine) == set(exact)
+    flat = [torch.cat([v[name].detach().flatten() for name in sorted(mine)]) for v in (mine, reference, exact)]
+    as_good_as(*flat)
+
+
+class InOrder(Trainer):
+    """The Trainer, with the data set's own order, and each step's loss kept."""
+
+    losses: list[float]
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.losses = [*getattr(self, "losses", []), float(loss)]
+        return loss
+
+
+@pytest.mark.parametrize("weight_decay", [0.3, 1.0])
+def test_the_trainer_itself_gives_these_losses(weight_decay: float, tmp_path: Path) -> None:
+    """peft under transformers.Trainer, with nothing rebuilt by hand: order, decay groups, schedule and clipping are its own."""
+    backbone, engine = started("llama", settings("lora"), 1)
+    trial = engine.states[0].trial
+    training = replace(trial.training, weight_decay=weight_decay, warmup=0.0)
+    engine = Lockstep(engine.base, [replace(trial, training=training)], 3, TOKENS, None)
+    perturb_(engine.stacks[0], size=0.05)
+    state = engine.states[0]
+    model = peft_model(sequence_classifier(backbone, 3), engine.stacks[0], 0, trial.method, trial.total_steps)
+    rows = [{"input_ids": TOKENS.ids[i], "labels": TOKENS.labels[i]} for i in state.trial.order(0)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=1,
+        num_train_epochs=1,
+        learning_rate=training.learning_rate,
+        weight_decay=weight_decay,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+
+    def one_row(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([rows[0]["input_ids"]]), "labels": torch.tensor([rows[0]["labels"]])}
+
+    trainer = InOrder(model=model, args=arguments, train_dataset=rows, data_collator=one_row)  # type: ignore[arg-type]
+    trainer.train()
+    assert ours(engine) == pytest.approx(trainer.losses, rel=2e-5)
+    assert len(trainer.losses) == STEPS
+    for theirs_p, ours_p in pairs(model, engine.stacks[0], 0):
+        torch.testing.assert_close(ours_p.reshape(theirs_p.shape), theirs_p.detach(), rtol=1e-4, atol=2e-5)
 
 
 def scores_of(base: Base, stack: Stack, rows: list[int]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Continuations: greedy ones are transformers' own, prompts do not disturb each other, adapters act, draws are seeded."""
+"""Generation: greedy equals transformers' own, prompts together equal one at a time, adapters act, draws are seeded."""
 
 from __future__ import annotations
 
@@ -9,56 +9,96 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from katei import api
-from katei.base.load import load_causal_lm
-from katei.base.packed import Base
+from katei.base.quiet import quiet
 from katei.core.errors import RecipeError
-from katei.methods.contract import TrialFacts
-from katei.ship.generate import Sampling, generate
-from tests.helpers.models import perturb_, settings
 from tests.helpers.tiny import tiny_base_folder
+from tests.helpers.trained import Trained
 
-PROMPTS = ["春の夜の", "hello", "a longer prompt, with 猫 in it"]
-
-
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
-def test_greedy_is_what_transformers_generates(architecture: str, tmp_path: Path) -> None:
-    folder = tiny_base_folder(tmp_path, architecture)
-    texts = api.generate(PROMPTS, model=str(folder), new_tokens=12)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for prompt, text in zip(PROMPTS, texts, strict=True):
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0]
-        before = tokenizer.decode(ids[0], skip_special_tokens=True)
-        # a character whose last bytes were not reached is left out here
-        assert before + text == tokenizer.decode(whole, skip_special_tokens=True).rstrip("\ufffd")
+PROMPTS = ["the iron gate", "春の風がやさしい朝に、影が走る", "a"]
 
 
-def test_an_adapter_changes_what_is_said_and_a_seed_repeats_it(tmp_path: Path) -> None:
-    loaded = load_causal_lm(str(tiny_base_folder(tmp_path)))
-    base = Base(loaded.model.base_model, loaded.tokenizer)
-    head = loaded.model.get_output_embeddings()
-    plain = generate(base, head, PROMPTS, Sampling(new_tokens=10))
-    for name in ("lora", "prefix-tuning", "prompt-tuning", "llama-adapter"):
-        stack = settings(name).build(base, 2, [0], [TrialFacts(1)])
-        perturb_(stack, size=1.0)
-        assert generate(base, head, PROMPTS, Sampling(new_tokens=10), stack) != plain, name
-    drawn = [
-        generate(base, head, PROMPTS, Sampling(new_tokens=10, temperature=2.0, top_p=0.95, seed=s)) for s in (1, 1, 2)
-    ]
-    assert drawn[0] == drawn[1] != drawn[2]
+@pytest.fixture(scope="module", params=["llama", "gemma3", "qwen2"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base_folder(tmp_path_factory.mktemp("generate"), request.param)
 
 
-def test_a_prompt_says_the_same_alone_and_beside_others(tmp_path: Path) -> None:
-    folder = str(tiny_base_folder(tmp_path))
-    together = api.generate(PROMPTS, model=folder, new_tokens=8)
-    assert together == [api.generate([prompt], model=folder, new_tokens=8)[0] for prompt in PROMPTS]
+def test_greedy_is_what_transformers_generates(base: Path) -> None:
+    ours = api.generate(PROMPTS, model=str(base), new_tokens=12)
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    for prompt, continuation in zip(PROMPTS, ours, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")
+        with torch.no_grad(), quiet():
+            whole = model.generate(**ids, max_new_tokens=12, do_sample=False)[0]
+        before = tokenizer.decode(ids["input_ids"][0], skip_special_tokens=True)
+        after = tokenizer.decode(whole, skip_special_tokens=True)
+        assert continuation == after[len(before) :].rstrip("\N{REPLACEMENT CHARACTER}")
+    assert max(map(len, ours)) > 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_prompts_together_equal_one_at_a_time(base: Path, temperature: float) -> None:
+    settings = {"model": str(base), "new_tokens": 8, "temperature": temperature, "seed": 3}
+    together = api.generate(PROMPTS, **settings)
+    assert together[0] == api.generate(PROMPTS[:1], **settings)[0]
+    if not temperature:  # each prompt draws from a generator of its own place
+        assert together == [api.generate([prompt], **settings)[0] for prompt in PROMPTS]
+
+
+def test_draws_come_from_the_seed(base: Path) -> None:
+    def draw(seed: int, **more: float) -> list[str]:
+        return api.generate(["the"], model=str(base), new_tokens=12, temperature=30.0, seed=seed, **more)
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    greedy = api.generate(["the"], model=str(base), new_tokens=12)
+    assert draw(1, top_p=1e-6) == greedy
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("new_tokens", 0), ("temperature", -1.0), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.5)],
+    "name", ["lora", "adalora", "ia3", "prompt-tuning", "p-tuning", "prefix-tuning", "llama-adapter"]
 )
-def test_sampling_that_makes_no_sense_is_refused(field: str, value: float) -> None:
-    with pytest.raises(RecipeError, match=field):
-        Sampling(**{field: value})  # type: ignore[arg-type]
+def test_every_adapter_acts(llama: Trained, name: str) -> None:
+    plain = api.generate(PROMPTS, model=str(llama.base), new_tokens=10)
+    assert api.generate(PROMPTS, run=llama.run, trial=name, new_tokens=10) != plain
+
+
+def test_the_head_alone_changes_no_continuation(llama: Trained) -> None:
+    plain = api.generate(PROMPTS, model=str(llama.base), new_tokens=10)
+    assert api.generate(PROMPTS, run=llama.run, trial="head", new_tokens=10) == plain
+
+
+def test_an_adapter_continues_as_peft_does(llama: Trained) -> None:
+    """The LoRA of the classifier, put into peft's causal model by hand."""
+    import peft
+
+    from katei.methods.saved import read_adapter
+
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(llama.base, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(llama.base)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(model, config).eval()
+    tensors = read_adapter(llama.trial("lora")).tensors
+    named = {f"base_model.model.model.{name}": value for name, value in tensors.items()}
+    peft.set_peft_model_state_dict(model, named)
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")
+    with torch.no_grad(), quiet():
+        whole = model.generate(**ids, max_new_tokens=10, do_sample=False)[0]
+    expected = tokenizer.decode(whole, skip_special_tokens=True)[len(PROMPTS[0]) :]
+    ours = api.generate(PROMPTS[:1], run=llama.run, trial="lora", new_tokens=10)[0]
+    assert ours == expected.rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def test_no_half_character_at_the_end(base: Path) -> None:
+    """The tiny tokenizer writes Japanese byte by byte, so most cuts fall inside a character."""
+    for tokens in range(1, 9):
+        for text in api.generate(PROMPTS, model=str(base), new_tokens=tokens):
+            assert not text.endswith("\N{REPLACEMENT CHARACTER}")
+
+
+@pytest.mark.parametrize("prompts", [[], [""], ["a", ""]])
+def test_an_empty_prompt_is_refused(prompts: list[str], base: Path) -> None:
+    with pytest.raises(RecipeError, match="prompt"):
+        api.generate(prompts, model=str(base))

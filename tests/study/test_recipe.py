@@ -1,42 +1,78 @@
-"""Recipes: defaults, files, flags over files, and errors that name the nearest key."""
+"""Recipes: defaults, file, flags, in that order; what is resolved is written out whole and reads back the same."""
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from katei.core.errors import RecipeError
-from katei.methods import BOOK, LoRA
+from katei.methods import BOOK, METHODS
 from katei.study.recipe import Recipe, load_recipe
 
 GIVEN = {"model": "m", "data": "d"}
 
 
-def test_a_resolved_recipe_read_again_is_the_same_study(tmp_path: Path) -> None:
-    recipe = load_recipe(None, {**GIVEN, "epochs": 3, "seeds": [1, 5], "text": "詩"})
-    (tmp_path / "r.toml").write_text(recipe.to_toml(), encoding="utf-8")
-    again = load_recipe(tmp_path / "r.toml", {})
-    assert again.to_toml() == recipe.to_toml()
-    assert [again.resolved(name) for name in BOOK] == [recipe.resolved(name) for name in BOOK]
-    assert again.resolved("lora")[1].epochs == 3
+def recipe_of(text: str, tmp_path: Path, **flags: Any) -> Recipe:
+    (tmp_path / "r.toml").write_text(text, encoding="utf-8")
+    return load_recipe(tmp_path / "r.toml", GIVEN | flags)
 
 
-def test_flags_win_over_the_methods_table_over_the_training_table(tmp_path: Path) -> None:
-    file = tmp_path / "r.toml"
-    file.write_text("[training]\nepochs = 4\nbatch_size = 2\n[lora]\nrank = 2\nepochs = 5\n", encoding="utf-8")
-    method, training = load_recipe(file, GIVEN).resolved("lora")
-    assert method == LoRA(rank=2)
-    assert (training.epochs, training.batch_size, training.learning_rate) == (5, 2, LoRA.learning_rate)
-    assert load_recipe(file, {**GIVEN, "epochs": 7}).resolved("lora")[1].epochs == 7
-    assert load_recipe(file, GIVEN).resolved("ia3")[1].epochs == 4
-
-
-def test_the_books_recipe_holds_its_settings() -> None:
-    recipe = load_recipe("recipes/book.toml", {})
+def test_nothing_given_is_the_books_six_at_their_defaults() -> None:
+    recipe = load_recipe(None, GIVEN)
     assert recipe.methods == BOOK
+    method, training = recipe.resolved("lora")
+    assert method == METHODS["lora"]()
+    assert (training.epochs, training.batch_size, training.learning_rate) == (10, 1, METHODS["lora"].learning_rate)
+
+
+def test_a_table_wins_over_training_and_a_flag_over_both(tmp_path: Path) -> None:
+    text = "[training]\nepochs = 5\nlearning_rate = 0.5\n[lora]\nepochs = 7\nrank = 2\n[ia3]\n"
+    recipe = recipe_of(text, tmp_path)
+    assert [recipe.resolved(name)[1].epochs for name in ("lora", "ia3")] == [7, 5]
+    assert recipe.resolved("lora")[1].learning_rate == 0.5
+    assert recipe.resolved("lora")[0].settings()["rank"] == 2
+    flagged = recipe_of(text, tmp_path, epochs=3)
+    assert [flagged.resolved(name)[1].epochs for name in ("lora", "ia3")] == [3, 3]
+
+
+def test_one_rate_for_all_leaves_no_methods_default(tmp_path: Path) -> None:
+    recipe = recipe_of("", tmp_path, learning_rate=1e-4)
+    assert {recipe.resolved(name)[1].learning_rate for name in BOOK} == {1e-4}
+
+
+def test_settings_of_the_one_method(tmp_path: Path) -> None:
+    recipe = load_recipe(None, GIVEN | {"methods": ["lora"]}, method_overrides={"rank": 3, "targets": ["k_proj"]})
+    assert recipe.resolved("lora")[0] == METHODS["lora"](rank=3, targets=("k_proj",))  # type: ignore[call-arg]
+    with pytest.raises(RecipeError, match="several"):
+        load_recipe(None, GIVEN, method_overrides={"rank": 3})
+
+
+def test_all_is_the_six(tmp_path: Path) -> None:
+    assert recipe_of('methods = ["all"]', tmp_path).methods == BOOK
+    assert load_recipe(None, GIVEN | {"methods": ["all"]}).methods == BOOK
+
+
+@pytest.mark.parametrize("name", ["book", "demo"])
+def test_the_packaged_recipes_resolve(name: str) -> None:
+    import katei
+
+    recipe = load_recipe(Path(katei.__file__).parent / "recipes" / f"{name}.toml", {})
+    assert recipe.methods == BOOK
+    assert tomllib.loads(recipe.to_toml())["methods"] == list(BOOK)
+
+
+def test_the_book_is_the_book() -> None:
+    import katei
+
+    recipe = load_recipe(Path(katei.__file__).parent / "recipes" / "book.toml", {})
+    assert recipe.max_length == 200
     for name in BOOK:
-        training = recipe.resolved(name)[1]
+        method, training = recipe.resolved(name)
         assert (training.epochs, training.batch_size, training.learning_rate, training.weight_decay) == (
             10,
             1,
@@ -44,55 +80,59 @@ def test_the_books_recipe_holds_its_settings() -> None:
             1.0,
         )
     assert recipe.resolved("lora")[0].settings()["rank"] == 1
-    assert recipe.resolved("llama-adapter")[0].settings()["layers"] == 8
-    assert recipe.max_length == 200
+    assert recipe.resolved("llama-adapter")[0].settings() == {"layers": 8, "length": 10}
 
 
-@pytest.mark.parametrize(
-    ("text", "says", "hints"),
-    [
-        ("epocs = 3", "unknown key 'epocs'", "known"),
-        ("[training]\nepocs = 3", "unknown key 'epocs'", "epochs"),
-        ("[lora]\nrnak = 3", "unknown key 'rnak'", "rank"),
-        ("[lorra]\nrank = 3", "unknown key 'lorra'", "lora"),
-        ('[training]\nepochs = "3"', "epochs", "settings"),
-        ("[training]\nepochs = 2.5", "epochs", "settings"),
-        ("[lora]\nrank = true", "rank", "settings"),
-        ("[lora]\nrank = 0", "rank is 0", "rank = 8"),
-        ("[adalora]\ntarget_rank = 20", "nothing could be pruned", "lora"),
-        ('methods = ["lora", "lora"]', "twice", None),
-        ('methods = "lora"', "methods", None),
-        ("methods = []", "methods is empty", "lora"),
-        ("seeds = [-1]", "seeds", "seeds = [0, 1, 2]"),
-        ("max_length = 0", "max_length", "200"),
-        ('precision = "int4"', "precision", "settings"),
-        ("lora = 3", "it is a table", "[lora]"),
-        ("training = 3", "it is a table", "[training]"),
-        ("this is not toml", "not TOML", None),
-        ('[prompt-tuning]\ninit = "text"', "init_text", "init_text"),
-        ('[ia3]\ntargets = ["down_proj"]', "scales outputs", "up_proj"),
-    ],
+@pytest.mark.parametrize("name", METHODS)
+def test_the_resolved_recipe_holds_every_setting_and_reads_back(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(None, GIVEN | {"methods": [name], "seeds": [3, 1], "epochs": 2, "keep": "best"})
+    written = tomllib.loads(recipe.to_toml())
+    method, training = recipe.resolved(name)
+    for key, value in {**method.settings(), **vars(training)}.items():
+        if value is not None:
+            assert written[name][key] == (list(value) if isinstance(value, tuple) else value)
+    again = recipe_of(recipe.to_toml(), tmp_path)
+    assert again.resolved(name) == recipe.resolved(name)
+    assert again.to_toml() == recipe.to_toml()
+    assert (again.seeds, again.methods) == ((3, 1), (name,))
+
+
+def test_the_error_names_the_file_and_the_nearest_key(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="r.toml: unknown key 'sedes'") as refused:
+        recipe_of("sedes = [1]", tmp_path)
+    assert "did you mean 'seeds'" in (refused.value.hint or "")
+    with pytest.raises(RecipeError, match=r"\[lora\]: unknown key 'rnak'") as refused:
+        recipe_of("[lora]\nrnak = 1", tmp_path)
+    assert "did you mean 'rank'" in (refused.value.hint or "")
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
 )
-def test_mistakes_are_named(text: str, says: str, hints: str | None, tmp_path: Path) -> None:
-    file = tmp_path / "r.toml"
-    file.write_text(text, encoding="utf-8")
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(file, GIVEN)
-    assert says in str(caught.value)
-    if hints is not None:
-        assert hints in str(caught.value.hint)
+KEYS = st.sampled_from(["methods", "seeds", "max_length", "precision", "device", "text", "epochs", "keep", "model"])
 
 
-def test_what_is_missing_is_asked_for() -> None:
-    with pytest.raises(RecipeError, match="no model given"):
-        load_recipe(None, {"data": "d"})
-    with pytest.raises(RecipeError, match="cannot be read"):
-        load_recipe("nowhere.toml", GIVEN)
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(KEYS, JUNK, max_size=3))
+def test_junk_is_a_recipe_error_or_a_recipe(flags: dict[str, Any]) -> None:
+    try:
+        recipe = load_recipe(None, {**GIVEN, **flags})
+    except RecipeError as error:
+        assert error.hint  # noqa: PT017 (an error is allowed, not required)
+    else:
+        assert recipe.to_toml()
 
 
-def test_settings_need_one_method() -> None:
-    with pytest.raises(RecipeError, match="several"):
-        load_recipe(None, GIVEN, method_overrides={"rank": 2})
-    one = load_recipe(None, {**GIVEN, "methods": ["lora"]}, method_overrides={"rank": 2})
-    assert isinstance(one, Recipe)
-    assert one.resolved("lora")[0] == LoRA(rank=2)
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(sorted(METHODS)), st.data())
+def test_junk_in_a_methods_table_is_a_recipe_error_or_a_recipe(name: str, data: st.DataObject) -> None:
+    keys = st.sampled_from([*METHODS[name]().settings(), "epochs", "learning_rate", "weight_decay", "nonsense"])
+    values = data.draw(st.dictionaries(keys, JUNK, min_size=1, max_size=2))
+    try:
+        recipe = load_recipe(None, GIVEN | {"methods": [name]}, method_overrides=values)
+    except RecipeError as error:
+        assert error.hint  # noqa: PT017 (an error is allowed, not required)
+    else:
+        assert recipe.to_toml()

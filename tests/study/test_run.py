@@ -185,7 +185,7 @@ def test_another_recipe_is_refused_and_the_difference_named(llama: Trained, tmp_
     with pytest.raises(RunError, match="lora: epochs = 1 there, 2 now") as refused:
         small(llama.base, llama.data, tmp_path / "run", epochs=2)
     assert "--overwrite" in (refused.value.hint or "")
-    with pytest.raises(RunError, match="methods = .*there"):
+    with pytest.raises(RunError, match=r"methods = .*there"):
         small(llama.base, llama.data, tmp_path / "run", methods=["lora"])
     assert tree(tmp_path) == before
 
@@ -474,7 +474,7 @@ def test_a_failure_while_writing_leaves_the_older_state(
     with pytest.raises(OSError, match="No space"):
         write_text(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "old"
-    with pytest.raises(OSError, match="space"), folder_atomic(tmp_path / "folder") as folder:
+    with pytest.raises(OSError, match="space"), folder_atomic(tmp_path / "folder") as folder:  # noqa: PT012
         (folder / "half").write_text("x")
         raise OSError(28, "no space left")
     assert tree(tmp_path) == ["file"]

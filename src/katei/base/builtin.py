@@ -111,6 +111,9 @@ BUILTINS: dict[str, Builtin] = {
     )
 }
 
+DEFAULT_MODEL = "gemma3-270m"
+"""What `train` and `compare` use when no model is named."""
+
 WHAT_MODEL_MAY_BE = f"MODEL is a folder, a GGUF file, a hub id (owner/name), or a built-in: {', '.join(BUILTINS)}"
 
 

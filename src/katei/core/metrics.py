@@ -51,8 +51,8 @@ def roc_auc_interval(
 ) -> tuple[float, float] | None:
     """95 % interval of `roc_auc`: bootstrap percentiles over rows, drawn within each class. None where `roc_auc` is.
 
-    At an area of exactly 1 every draw gives 1, so the interval says nothing there; it is then widened to the bound at which
-    a single reversed pair of rows would be expected: 1 - 3 / (smaller class · larger class), the rule of three on pairs.
+    At an area of exactly 1 (or 0) every draw gives the same, so the interval says nothing there; it is then widened to the bound
+    at which a single reversed pair of rows would be expected: 3 / (smaller class · other rows) away, the rule of three on pairs.
     """
     point = roc_auc(probability_EC, labels)
     if point is None:
@@ -71,7 +71,10 @@ def roc_auc_interval(
         areas += (ranks[:, : len(inside)].sum(1) - len(inside) * (len(inside) + 1) / 2) / (len(inside) * len(outside))
     areas /= len(classes)
     low, high = np.quantile(areas, [0.025, 0.975])
+    fewest = np.bincount(y, minlength=probability_EC.shape[1]).min()
+    one_pair = min(1.0, 3 / (fewest * (len(y) - fewest)))
     if point == 1.0:
-        counts = np.bincount(y, minlength=probability_EC.shape[1])
-        low = 1 - 3 / (counts.min() * (len(y) - counts.min()))
+        low = 1 - one_pair
+    if point == 0.0:
+        high = one_pair
     return float(min(low, point)), float(max(high, point))

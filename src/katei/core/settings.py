@@ -25,7 +25,7 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
             raise RecipeError(f"{where}: unknown key '{key}'", hint=nearest(key, known))
     try:
         # as JSON: strict about types, yet a list is a tuple and 1 is a float, as in the TOML it came from
-        return TypeAdapter(cls).validate_json(json.dumps(dict(values)), strict=True)
+        return TypeAdapter(cls).validate_json(json.dumps(dict(values), default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "(all)"

@@ -216,13 +216,11 @@ class Lockstep:
                 packed = PackedRow(state.stack, state.n, self.train.ids[row], noise)
                 work.append(_Work(packed, self.train.labels[row], 1.0 / len(batch), state))
         scale = LOSS_SCALE.get(self.base.dtype, 1.0)
-        lengths = [len(item.row.ids) + self.stacks[item.row.stack].virtual_tokens for item in work]
-        for chosen in passes(lengths, self.token_budget):
-            kept = self._backward([work[i] for i in chosen], scale)
-            while kept is not None:  # a trial has just diverged: its rows must not touch the others' gradients
-                kept = self._backward(kept, scale)
+        self._passes(work, scale)
         if scale != 1.0:
-            for stack in self.stacks:
+            for s, stack in enumerate(self.stacks):
+                if not bool(torch.isfinite(stack.grad_NM).all()):
+                    self._one_by_one(s, work, scale)
                 stack.grad_NM.div_(scale)
         for s, stack in enumerate(self.stacks):
             penalty_N = stack.penalty_N()
@@ -230,9 +228,34 @@ class Lockstep:
             if penalty_N is not None and mine:
                 penalty_N[mine].sum().backward()  # type: ignore[no-untyped-call]
 
-    def _backward(self, work: list[_Work], scale: float) -> list[_Work] | None:
+    def _passes(self, work: list[_Work], scale: float, *, counted: bool = True) -> None:
+        """Add the gradients of `work` in passes of at most `token_budget` tokens."""
+        lengths = [len(item.row.ids) + self.stacks[item.row.stack].virtual_tokens for item in work]
+        for chosen in passes(lengths, self.token_budget):
+            kept: list[_Work] | None = [work[i] for i in chosen if work[i].state.finished is None]
+            while kept is not None:  # once a trial has diverged, its rows must not touch the others' gradients
+                kept = self._backward(kept, scale, counted)
+
+    def _one_by_one(self, s: int, work: list[_Work], scale: float) -> None:
+        """Stack s's gradients again, in passes of one trial each: an infinite gradient of one trial leaves NaN (0 · ∞) in the
+        products it shares with its companions. A trial whose own gradient overflows goes without the loss scale; if it still
+        overflows, its step is skipped (`AdamW.step_`).
+        """
+        stack = self.stacks[s]
+        grad_NM = torch.zeros_like(stack.grad_NM)
+        for n in sorted({item.state.n for item in work if item.row.stack == s}):
+            mine = [i for i in work if i.row.stack == s and i.state.n == n and i.state.finished is None]
+            for own_scale in (scale, 1.0):
+                stack.zero_grad_()
+                self._passes(mine, own_scale, counted=False)
+                if bool(torch.isfinite(stack.grad_NM[n]).all()):
+                    break
+            grad_NM[n] = stack.grad_NM[n] * (scale / own_scale)
+        stack.grad_NM.copy_(grad_NM)
+
+    def _backward(self, work: list[_Work], scale: float, counted: bool) -> list[_Work] | None:
         """One pass forward and back. Where a loss is not finite, its trial is marked as diverged, nothing is added to any
-        gradient, and the work of the other trials is returned, to be done again.
+        gradient, and the work of the other trials is returned, to be done again. `counted` losses enter the epoch's mean.
         """
         if not work:
             return None
@@ -252,8 +275,9 @@ class Lockstep:
                         item.state.finished = "diverged"
                 return [item for item in work if item.state.finished is None]
             (nats_B * share_B).sum().mul(scale).backward()  # type: ignore[no-untyped-call]
-        for value, item in zip(nats_B.detach().double().unbind(), ordered, strict=True):
-            item.state.nats += value
+        if counted:
+            for value, item in zip(nats_B.detach().double().unbind(), ordered, strict=True):
+                item.state.nats += value
         return None
 
     def _end_epoch(self, ended: list[TrialState]) -> None:

@@ -220,8 +220,12 @@ class AdaLoRAStack(Stack):
     def _smooth(self, n: int) -> None:
         m, numbers = self.method, len(self.triplet_of_Q)
         importance_Q = (self.theta_NM[n, :numbers] * self.grad_NM[n, :numbers]).abs()
-        self.sensitivity_NQ[n].lerp_(importance_Q, 1 - m.beta1)
-        self.uncertainty_NQ[n].lerp_((importance_Q - self.sensitivity_NQ[n]).abs(), 1 - m.beta2)
+        sensitivity_Q = self.sensitivity_NQ[n].lerp(importance_Q, 1 - m.beta1)
+        uncertainty_Q = self.uncertainty_NQ[n].lerp((importance_Q - sensitivity_Q).abs(), 1 - m.beta2)
+        # where the step was skipped (see `AdamW.step_`) its gradient says nothing, and would stay in the averages for good
+        usable = torch.isfinite(self.grad_NM[n]).all()
+        self.sensitivity_NQ[n] = torch.where(usable, sensitivity_Q, self.sensitivity_NQ[n])
+        self.uncertainty_NQ[n] = torch.where(usable, uncertainty_Q, self.uncertainty_NQ[n])
 
     def ranks(self, n: int) -> dict[str, int]:
         """Rank left at each site: the numbers of E that are not zero."""

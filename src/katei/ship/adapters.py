@@ -61,6 +61,9 @@ def rows_to_compare(run: Path, data: str | Path | None, note: AdapterNote, most:
         recipe = load_recipe(recipe_file, {})
         dataset = load_dataset(recipe.data, text=recipe.text, label=recipe.label)
         return list((dataset.test or dataset.valid or dataset.train).texts[:most])
+    if Path(data).is_dir():
+        dataset = load_dataset(data)
+        return list((dataset.test or dataset.valid or dataset.train).texts[:most])
     return list(read_table(data, usual=note.text_column).texts[:most])
 
 

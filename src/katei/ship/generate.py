@@ -35,7 +35,8 @@ class Sampling:
             raise RecipeError(f"new_tokens is {self.new_tokens}, but it counts tokens", hint="--new-tokens 40")
         if not 0 <= self.temperature < math.inf:
             raise RecipeError(
-                f"temperature is {self.temperature}, but it must be 0 or more", hint="--temperature 0 is greedy, 0.8 varied"
+                f"temperature is {self.temperature}, but it must be 0 or more",
+                hint="--temperature 0 is greedy, 0.8 varied",
             )
         if not 0 <= self.seed < 2**62:
             raise RecipeError(f"seed is {self.seed}, but it is a whole number of 0 or more", hint="--seed 0")

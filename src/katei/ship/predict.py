@@ -38,7 +38,11 @@ def check_input(file: Path, out: Path, note: AdapterNote, text: str | None) -> T
             f"cannot write '{out.suffix}'", file=out, hint=f"--out a file ending in one of: {', '.join(FORMATS)}"
         )
     if out.is_dir():
-        raise DataError("is a folder, where a file is to be written", file=out, hint=f"--out {out / default_out(file).name}")
+        raise DataError(
+            "is a folder, where a file is to be written", file=out, hint=f"--out {out / default_out(file).name}"
+        )
+    if out.parent.exists() and not out.parent.is_dir():
+        raise DataError(f"cannot be written, since {out.parent} is a file", file=out, hint="--out another path")
     if out.exists() and out.resolve() == file.resolve():
         raise DataError("would be overwritten by its own predictions", file=file, hint="--out another file")
     table = read_table(file, text=text, usual=note.text_column)

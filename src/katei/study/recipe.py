@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from katei.base.builtin import DEFAULT_MODEL
 from katei.core.errors import RecipeError, nearest
 from katei.core.settings import build
 from katei.engine.optimizer import Training
@@ -50,9 +51,7 @@ class Recipe:
             method_class(name)
         for what, values in (("methods", self.methods), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
-                raise RecipeError(
-                    f"{what} lists one of its entries twice: {list(values)}", hint="name each once"
-                )
+                raise RecipeError(f"{what} lists one of its entries twice: {list(values)}", hint="name each once")
         if not self.seeds or any(not 0 <= seed < 2**32 for seed in self.seeds):
             raise RecipeError(
                 f"seeds is {list(self.seeds)}, but it lists whole numbers of 0 or more", hint="seeds = [0, 1, 2]"
@@ -140,9 +139,9 @@ def load_recipe(
     for values in settings.values():  # a flag is the last word, also over one method's table
         values.update({key: value for key, value in given.items() if key in TRAINING_KEYS and key in values})
     top = table | {key: value for key, value in given.items() if key not in TRAINING_KEYS}
-    for name in ("model", "data"):
-        if name not in top:
-            raise RecipeError(f"no {name} given", hint=f"--{name} on the command line, or {name} = … in the recipe")
+    top.setdefault("model", DEFAULT_MODEL)
+    if "data" not in top:
+        raise RecipeError("no data given", hint="a folder or file of labelled texts, or data = … in the recipe")
     if top.get("methods") in (["all"], ("all",)):
         top["methods"] = list(BOOK)
     if method_overrides:
