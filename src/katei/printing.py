@@ -41,10 +41,8 @@ def print_study(study: Study) -> None:
             style="dim",
         )
     )
-    first = trials[0]["name"]
-    console.print(
-        Text(f"run folder  {study.run}\nnext        katei predict {study.run} FILE.tsv --trial {first}", style="dim")
-    )
+    which = f" --trial {trials[0]['name']}" if len(trials) > 1 else ""
+    console.print(Text(f"run folder  {study.run}\nnext        katei predict {study.run} FILE.tsv{which}", style="dim"))
 
 
 def _epoch_table(trial: dict[str, Any]) -> Table:

@@ -43,7 +43,8 @@ class TerminalWatcher:
         self.began, self.rows_before, self.drawn = time.monotonic(), lockstep.trained_rows, 0.0
         trials = len(lockstep.states)
         self.say(
-            f"training {trials} trial{'s' * (trials > 1)} in lockstep over {lockstep.base.name}, {len(lockstep.train)} rows, on {lockstep.base.device}"
+            f"training {trials} trial{'s' * (trials > 1)} in lockstep over {lockstep.base.name}, "
+            f"{len(lockstep.train)} rows, on {lockstep.base.device}"
         )
         if self.console.is_terminal:
             self.live = Live(self._table(lockstep), console=self.console, auto_refresh=False, transient=True)

@@ -348,7 +348,7 @@ def test_another_shape_of_base_is_refused_where_peft_gave_no_fingerprint(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:
     made_in_peft(PEFT_CONFIGS["lora"](), bases["llama"], tmp_path / "adapter")
-    with pytest.raises(AdapterError, match="missing layers.4"):
+    with pytest.raises(AdapterError, match=r"missing layers\.4"):
         katei_logits(tmp_path / "adapter", ["x"], tiny_base_folder(tmp_path, "llama", layers=5))
 
 

@@ -313,15 +313,16 @@ layers = 2
 learning_rate = 0.1
 """
 
-# One interpreter imports everything once and forks a fresh `katei compare` for each attempt, so ten kills take seconds.
+# One interpreter imports once (only what starts no thread: then forking is safe) and forks a fresh `katei compare` for each attempt, so ten kills take seconds.
 DRIVER = """
-import json, os, random, signal, sys, time
+import faulthandler, json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from katei import api, cli
-import katei.study.run, katei.ship.models, sklearn.metrics, scipy.stats, pyarrow.parquet, pydantic, tomli_w
+import katei.study.run, katei.ship.models
 rng = random.Random(5)
+assert len(os.listdir("/proc/self/task")) == 1
 out, kills, command = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
 
 def attempt(kill):
@@ -332,6 +333,7 @@ def attempt(kill):
     before, saves = seen(), set()
     child = os.fork()
     if child == 0:
+        faulthandler.dump_traceback_later(60, exit=True)
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         sys.argv = ["katei", *command]
