@@ -6,6 +6,9 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as effort
+from hypothesis import strategies as st
 from transformers import BertConfig, BertModel
 
 from katei.base.packed import Base, check_ids
@@ -16,6 +19,7 @@ from katei.methods.contract import Stack, TrialFacts
 from tests.helpers.models import CONFIGS, pooled_one_by_one, random_tokens, settings, tiny_base, tiny_model
 
 ROWS = random_tokens(9).ids
+BASES = {name: tiny_base(name) for name in ("llama", "mistral", "gemma2", "gemma3")}
 
 
 def pooled(base: Base, rows: tuple[tuple[int, ...], ...]) -> torch.Tensor:
@@ -34,7 +38,7 @@ def test_packed_equals_the_library_a_row_at_a_time(architecture: str) -> None:
     torch.testing.assert_close(ours_BD, reference_BD, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("architecture", list(CONFIGS))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_good_as_the_librarys(architecture: str, dtype: torch.dtype) -> None:
     model = tiny_model(architecture, dtype=dtype)
@@ -43,6 +47,27 @@ def test_half_precision_is_as_good_as_the_librarys(architecture: str, dtype: tor
     ours_BD = pooled(Base(model), ROWS).double()
     error, allowed = ((x - exact_BD).square().mean().sqrt() for x in (ours_BD, theirs_BD))
     assert error <= 2 * allowed
+
+
+@pytest.mark.parametrize("architecture", [a for a in CONFIGS if a != "gemma2"])  # its soft caps rule sdpa out
+def test_as_good_as_sdpa_too(architecture: str) -> None:
+    """The library's faster attention, whose rounding is its own, measures ours in float32."""
+    model = tiny_model(architecture)
+    exact_BD = pooled_one_by_one(copy.deepcopy(model).double(), ROWS)
+    theirs_BD = pooled_one_by_one(model, ROWS, "sdpa").double()
+    error, allowed = ((x - exact_BD).square().mean().sqrt() for x in (pooled(Base(model), ROWS).double(), theirs_BD))
+    assert allowed < 1e-5, "a reference that is wrong allows anything"
+    assert error <= 2 * allowed
+
+
+@effort(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 24), min_size=1, max_size=10), st.sampled_from(sorted(BASES)))
+def test_any_mixture_of_lengths_is_packed_right(lengths: list[int], architecture: str) -> None:
+    rng = torch.Generator().manual_seed(sum(lengths))
+    rows = tuple(tuple(torch.randint(3, 300, (n,), generator=rng).tolist()) for n in lengths)
+    base = BASES[architecture]
+    one_by_one = torch.cat([pooled(base, (row,)) for row in rows])
+    torch.testing.assert_close(pooled(base, rows), one_by_one, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from katei.core.errors import RecipeError, RunError
 from katei.engine.checkpoint import load_state, save_state
 from katei.engine.lockstep import Lockstep, Trial
 from katei.engine.optimizer import Training
-from katei.methods.contract import TrialFacts
+from katei.methods.contract import HEAD, TrialFacts
 from tests.helpers.models import STACKED, random_tokens, settings, tiny_base
 
 BASE = tiny_base()
@@ -88,6 +89,88 @@ def test_dropout_depends_on_row_step_and_place_and_keeps_the_mean() -> None:
     assert float(many.mean()) == pytest.approx(1.0, abs=0.02)
     quiet = BASE.stream([PackedRow(0, 0, TOKENS.ids[0])], [stack]).parts[0]
     assert quiet.keep_TI(5, 64, 0.25) is None
+
+
+def test_every_row_of_every_step_of_every_trial_has_its_own_dropout() -> None:
+    engine = Lockstep(BASE, [trial(seed=0, batch_size=3), trial(seed=1, batch_size=3)], 3, TOKENS, None)
+    seen, build = [], BASE.stream
+
+    def spy(rows: list[PackedRow], *args: object) -> object:
+        seen.extend(row.noise for row in rows)
+        return build(rows, *args)  # type: ignore[arg-type]
+
+    BASE.stream = spy  # type: ignore[assignment, method-assign]
+    try:
+        engine.run()
+    finally:
+        del BASE.stream  # type: ignore[method-assign]
+    assert None not in seen
+    assert len(set(seen)) == len(seen) == 2 * 3 * 10
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+@pytest.mark.parametrize("clip_norm", [0.0, 0.01, 1e6])
+def test_each_trials_gradient_is_clipped_by_its_own_norm(name: str, clip_norm: float) -> None:
+    trials = [trial(name, seed, clip_norm=c) for seed, c in ((0, clip_norm), (1, 1.0))][: 1 if name == "full" else 2]
+    engine = Lockstep(tiny_base(), trials, 3, TOKENS, None)
+    stack, state = engine.stacks[0], engine.states[0]
+    engine._gradients(engine.states, [s.batch() for s in engine.states])
+    before = [gradient.clone() for _, gradient, _ in stack.trained(0)]
+    own = torch.cat([gradient.flatten() for gradient in before]).double().norm()
+    norm = state.optimizer.step_(0, 30)
+    assert float(norm) == pytest.approx(float(own), rel=1e-5)
+    factor = min(1.0, clip_norm / float(own)) if clip_norm else 1.0
+    assert factor < 1.0 or clip_norm != 0.01
+    for (_, gradient, _), was in zip(stack.trained(0), before, strict=True):
+        torch.testing.assert_close(gradient, was * factor, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("token_budget", [10_000, 20])
+def test_an_overflow_on_the_way_down_stays_the_trials_own(name: str, token_budget: int) -> None:
+    """fp16: the wild trial's loss is finite, its gradient is not; 0 · inf in shared products must reach no companion."""
+    base = tiny_base(dtype=torch.float16)
+
+    def pushed(trials: list[Trial]) -> Lockstep:
+        engine = Lockstep(base, trials, 3, TOKENS, None, token_budget=token_budget)
+        for state in engine.states:
+            rng = torch.Generator().manual_seed(state.trial.seed)
+            theta_M = engine.stacks[0].theta_NM[state.n]
+            with torch.no_grad():
+                theta_M += 0.05 * torch.randn(theta_M.shape, generator=rng)
+        return engine
+
+    calm, wild = trial(name, 0, epsilon=1e-3), trial(name, 1, epsilon=1e-3)
+    both, alone = pushed([calm, wild]), pushed([calm])
+    with torch.no_grad():
+        both.stacks[0].tensors[HEAD][1] *= 3e4
+    began = both.stacks[0].theta_NM.clone()
+    for _ in range(3):
+        both.tick()
+        alone.tick()
+    moved, wild_moved = (both.stacks[0].theta_NM - began).abs().amax(1)
+    assert float((both.stacks[0].theta_NM[0] - alone.stacks[0].theta_NM[0]).abs().max()) < 0.02 * float(moved)
+    assert wild_moved > 1e-3, "without the loss scale its own gradient fits"
+    assert float(both.states[0].nats) == pytest.approx(float(alone.states[0].nats), rel=1e-3)
+
+
+def test_a_diverged_trials_later_rows_reach_nobody() -> None:
+    """Its first row's loss is not finite, its others' may be, with gradients that are not."""
+    wild = trial(seed=1, batch_size=4, epsilon=1e-3)
+    calm = trial(seed=0, batch_size=4, epsilon=1e-3)
+    engine = Lockstep(BASE, [wild, calm], 3, TOKENS, None, token_budget=15)
+    passed, backward = [], engine._backward
+
+    def spy(work: list[Any], *args: Any) -> Any:
+        passed.extend(item.state.trial.name for item in work if item.state.finished)
+        return backward(work, *args)
+
+    engine._backward = spy  # type: ignore[method-assign]
+    with torch.no_grad():
+        engine.stacks[0].tensors[HEAD][0] = torch.inf
+    engine.tick()
+    assert engine.states[0].finished == "diverged"
+    assert passed == []
 
 
 @pytest.mark.parametrize("ticks", [1, 4, 10, 13])

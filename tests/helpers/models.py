@@ -94,10 +94,10 @@ def random_tokens(rows: int, classes: int = 3, seed: int = 0, shortest: int = 2,
     return Tokens(tuple(ids), tuple(i % classes for i in range(rows)))
 
 
-def pooled_one_by_one(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+def pooled_one_by_one(model: PreTrainedModel, rows: Sequence[Sequence[int]], attention: str = "eager") -> torch.Tensor:
     """The library's own forward, a row at a time: (B, D)."""
     before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(attention)
     with torch.no_grad():
         out = [model(input_ids=torch.tensor([list(row)]), use_cache=False).last_hidden_state[0, -1] for row in rows]
     model.set_attn_implementation(before)

@@ -87,18 +87,19 @@ def test_a_skipped_step_leaves_the_scores_as_they_were() -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "steps"),
-    [({"target_rank": 0.1}, 100), ({}, 0), ({"warmup": 0.6, "final": 0.39}, 1)],
-    ids=["less than one rank in all", "no steps", "no step between warm-up and final"],
+    ("more", "steps"), [({"target_rank": 0.1}, 100), ({}, 0)], ids=["less than one rank in all", "no steps"]
 )
 def test_a_budget_that_could_not_move_is_refused(more: dict[str, float], steps: int) -> None:
-    method = settings("adalora", **more)
-    if steps == 1:
-        assert method.build(BASE, 2, [0], [TrialFacts(steps)]).budgets[0] == Budget(32, 16, 0, 1, 1)  # type: ignore[attr-defined]
-        return
     with pytest.raises(RecipeError, match="could prune nothing") as refused:
-        method.build(BASE, 2, [0], [TrialFacts(steps)])
+        settings("adalora", **more).build(BASE, 2, [0], [TrialFacts(steps)])
     assert refused.value.hint
+
+
+def test_a_single_step_prunes_all_there_is_to_prune() -> None:
+    stack = settings("adalora", warmup=0.6, final=0.39).build(BASE, 2, [0], [TrialFacts(1)])
+    assert isinstance(stack, AdaLoRAStack)
+    assert stack.budgets[0] == Budget(32, 16, 0, 1, 1)
+    assert stack.budgets[0].at(1) == 16
 
 
 @pytest.mark.parametrize("target", [4.0, 5.0, 0.0, -1.0])

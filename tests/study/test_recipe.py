@@ -72,7 +72,7 @@ def test_the_book_is_the_book() -> None:
     recipe = load_recipe(Path(katei.__file__).parent / "recipes" / "book.toml", {})
     assert recipe.max_length == 200
     for name in BOOK:
-        method, training = recipe.resolved(name)
+        _, training = recipe.resolved(name)
         assert (training.epochs, training.batch_size, training.learning_rate, training.weight_decay) == (
             10,
             1,
@@ -98,7 +98,7 @@ def test_the_resolved_recipe_holds_every_setting_and_reads_back(name: str, tmp_p
 
 
 def test_the_error_names_the_file_and_the_nearest_key(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="r.toml: unknown key 'sedes'") as refused:
+    with pytest.raises(RecipeError, match=r"r\.toml: unknown key 'sedes'") as refused:
         recipe_of("sedes = [1]", tmp_path)
     assert "did you mean 'seeds'" in (refused.value.hint or "")
     with pytest.raises(RecipeError, match=r"\[lora\]: unknown key 'rnak'") as refused:

@@ -174,7 +174,9 @@ def test_a_finished_run_is_returned_without_training(
     first = small(llama.base, llama.data, tmp_path / "run")
     before = result_bytes(tmp_path / "run")
     monkeypatch.setattr(study_run, "Lockstep", None)
+    (tmp_path / "run" / "state-lora.safetensors").write_text("left by a kill after the results were written")
     again = small(llama.base, llama.data, tmp_path / "run")
+    assert not (tmp_path / "run" / "state-lora.safetensors").exists()
     assert json.dumps(again.as_json()) == json.dumps(first.as_json())
     assert result_bytes(tmp_path / "run") == before
 
@@ -313,7 +315,8 @@ layers = 2
 learning_rate = 0.1
 """
 
-# One interpreter imports once (only what starts no thread: then forking is safe) and forks a fresh `katei compare` for each attempt, so ten kills take seconds.
+# One interpreter imports once (only what starts no thread: then forking is safe) and forks a fresh `katei compare` for each
+# attempt, so ten kills take seconds.
 DRIVER = """
 import faulthandler, json, os, random, signal, sys, time
 from pathlib import Path

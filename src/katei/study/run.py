@@ -142,6 +142,7 @@ def run_study(
         if overwrite and ((out / "results.json").exists() or _identity(out) != identity):
             _clear(out)
         if (out / "results.json").exists():
+            _drop_states(out)  # a kill may have come between the results and this
             watcher.say(f"{out} is finished; these are its results (--overwrite trains again)")
             return load_study(out)
         warnings = [*dataset.warnings, *_cuts(tokenizer, dataset, recipe.max_length)]
@@ -172,8 +173,7 @@ def run_study(
         environment = _environment(recipe, seconds, peak, warnings)
         write_json(out / "environment.json", environment)
         write_json(out / "results.json", results)  # last: its presence says that the run is whole
-        for state in out.glob("state-*.safetensors"):
-            state.unlink()
+        _drop_states(out)
     return Study(out, results, environment, tuple(warnings))
 
 
@@ -248,10 +248,14 @@ def _clear(out: Path) -> None:
     """Remove a run: its results first, its identity last, so that what a kill leaves is still known as a run."""
     for name in ("results.json", "environment.json", "predictions.parquet", "recipe.toml"):
         (out / name).unlink(missing_ok=True)
-    for state in out.glob("state-*.safetensors"):
-        state.unlink()
+    _drop_states(out)
     shutil.rmtree(out / "trials", ignore_errors=True)
     (out / "identity").unlink(missing_ok=True)
+
+
+def _drop_states(out: Path) -> None:
+    for state in out.glob("state-*.safetensors"):
+        state.unlink()
 
 
 def _sweep(out: Path) -> None:
