@@ -562,9 +562,13 @@ def verdict(trials: list[dict[str, Any]], majority: float | None) -> str:
     if majority is None or not scored:
         return " ".join([*said, "No test rows, so nothing can be said about accuracy."])
     above = [t for t in scored if t["test"]["accuracy_interval"][0] > majority]
+    if len(scored) == 1:
+        who, verb = "This trial", "beats" if above else "is not shown to beat"
+    else:
+        who, verb = f"{len(above)} of {len(scored)} trials", "beat"
     said.append(
-        f"{len(above)} of {len(scored)} trials beat always answering the commonest class ({majority:.3f}) "
-        f"by more than their 95 % interval on {scored[0]['test']['rows']} test rows."
+        f"{who} {verb} always answering the commonest class ({majority:.3f}) "
+        f"by more than {'its' if len(scored) == 1 else 'their'} 95 % interval on {scored[0]['test']['rows']} test rows."
     )
     below = [t["name"] for t in scored if t not in above]
     if below and above:
@@ -573,7 +577,9 @@ def verdict(trials: list[dict[str, Any]], majority: float | None) -> str:
         best = max(scored, key=lambda t: t["test"]["accuracy"])
         low = best["test"]["accuracy_interval"][0]
         overlapping = [t for t in scored if t is not best and t["test"]["accuracy_interval"][1] >= low]
-        if overlapping:
+        if overlapping and len(scored) == 2:
+            said.append("The two intervals overlap: this table does not rank them.")
+        elif overlapping:
             said.append(
                 f"{len(overlapping)} of the other {len(scored) - 1} have intervals that overlap the best one's: "
                 "this table does not rank them."
