@@ -329,9 +329,13 @@ def test_lockstep_equals_alone_in_every_number(checkpointing: bool) -> None:
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)], ids=str)
 def test_lockstep_equals_alone_over_a_half_precision_base(dtype: torch.dtype, share: float) -> None:
-    """To the base's own rounding: a pass of another shape rounds otherwise, by a share of what training changed."""
+    """To the base's own rounding: a pass of another shape rounds otherwise, by a share of what training changed.
+
+    Not AdaLoRA: which rank it prunes is a choice that half-precision rounding can tip. In float32 it is held to every number above.
+    """
     base = tiny_base(dtype=dtype)
-    everyone = [trial(name, kind, epochs=2) for name in STACKED for kind in range(2)]
+    smooth = [name for name in STACKED if name != "adalora"]
+    everyone = [trial(name, kind, epochs=2) for name in smooth for kind in range(2)]
     together = trained(base, everyone, token_budget=10_000)
     for state in together.states:
         apart = trained(base, [state.trial], token_budget=20)
