@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tests.helpers.peft_reference import peft_model, sequence_classifier
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from katei.engine.lockstep import Tokens, Trial
@@ -127,6 +127,7 @@ def train(
         callbacks=[Allocate()] if trial.method.name == "adalora" else [],
     )
     trainer.order = Order(trial)
+    trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
     trainer.train()
     logits = None
