@@ -41,7 +41,7 @@ def main() -> None:
         return Tokens(tuple(tuple(base.tokenize(text)) for text in texts[:rows]), labels[:rows])
 
     rows = tokens(dataset.train.texts, dataset.train.labels, options.rows)
-    valid = tokens(dataset.valid.texts, dataset.valid.labels, options.rows // 3)
+    valid = tokens(dataset.valid.texts, dataset.valid.labels, max(1, options.rows // 3))
     training = Training(learning_rate=1e-4, epochs=1, weight_decay=0.01)
     trials = [Trial(name, METHODS[name](), 0, training, tuple(range(len(rows)))) for name in BOOK]
 

@@ -346,6 +346,25 @@ def test_lockstep_equals_alone_over_a_half_precision_base(dtype: torch.dtype, sh
         assert (ours - theirs).square().mean().sqrt() <= share * moved, state.trial.name
 
 
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)], ids=str)
+def test_adalora_over_a_half_precision_base_equals_alone_until_it_must_choose(dtype: torch.dtype, share: float) -> None:
+    """Up to its first pruning nothing can tip: there AdaLoRA is held to what the other methods are."""
+    base = tiny_base(dtype=dtype)
+    one = replace(trial("adalora", 0, epochs=2), method=settings("adalora", dropout=0.2, warmup=0.5))
+    together = Lockstep(base, [one, *(trial(name, 0, epochs=2) for name in ("lora", "ia3", "head"))], 3, TOKENS, None)
+    apart = Lockstep(base, [one], 3, TOKENS, None, token_budget=20)
+    push_(together)
+    push_(apart)
+    begun = apart.stacks[0].theta_NM[0].clone()
+    for _ in range(12):  # the warm-up's steps
+        together.tick()
+        apart.tick()
+    ours, theirs = together.stacks[0].theta_NM[0], apart.stacks[0].theta_NM[0]
+    assert (ours - theirs).square().mean().sqrt() <= share * (theirs - begun).square().mean().sqrt()
+    assert together.stacks[0].ranks(0) == apart.stacks[0].ranks(0)  # type: ignore[attr-defined]
+    assert set(apart.stacks[0].ranks(0).values()) == {4}  # type: ignore[attr-defined]
+
+
 def test_full_fine_tuning_does_not_depend_on_passes_either() -> None:
     ends = []
     for how in ({"token_budget": 10_000}, {"token_budget": 15, "checkpointing": True}):
