@@ -109,7 +109,7 @@ def test_what_the_cache_holds_depends_on_the_data_alone() -> None:
 
 def test_buckets_hold_every_token_once_and_little_padding() -> None:
     rows = [PackedRow(0, 0, row) for row in random_tokens(40, longest=60).ids]
-    stream = build_stream(rows, [Bare()], [1], torch.device("cpu"))
+    stream = build_stream(rows, [Bare()], torch.device("cpu"))
     (phase,) = stream.phases
     places = [
         torch.arange(b.start, b.start + b.rows * b.longest) if b.gather_T is None else b.gather_T for b in phase.buckets

@@ -15,7 +15,7 @@ bucket · I inputs · O outputs · N adapters of a stack.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from katei.base.stream import Bare, Bucket, PackedRow, Stream, build_stream
+from katei.base import ops
+from katei.base.layer import UsualLayer, tables, usual_layer
+from katei.base.stream import Bare, Bucket, PackedRow, Part, Stream, build_stream
 from katei.core.errors import BaseError
 
 if TYPE_CHECKING:
@@ -66,11 +68,11 @@ def check_ids(ids: Sequence[int], vocabulary: int, tokenizer: Any) -> None:
 class Base:
     """One frozen base model: its shape, its sites, and the packed forward.
 
-    `model` is the backbone (no language-model head). Raises `BaseError` for an architecture whose layers cannot be run
-    one by one to the same result as its own forward.
+    `model` is the backbone (no language-model head). `fast=False` runs every layer as transformers wrote it, for every token.
+    Raises `BaseError` for an architecture whose layers cannot be run one by one to the same result as its own forward.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None, *, name: str = "", fingerprint: str = ""):
+    def __init__(self, model: Any, tokenizer: Any = None, *, name: str = "", fingerprint: str = "", fast: bool = True):
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
@@ -92,18 +94,24 @@ class Base:
         except AttributeError as error:
             raise _unsupported(self.model_type, str(error)) from None
         self.sites: dict[str, Site] = {}
+        self.linears: dict[str, nn.Linear] = {}
         self._running: tuple[Stream, Sequence[Stack]] | None = None
         self.model.eval()
         for path, module in self.model.named_modules():
             if isinstance(module, nn.Linear) and path.startswith("layers."):
                 self.sites[path] = Site(path, module.out_features, module.in_features)
+                self.linears[path] = module
                 module.register_forward_hook(self._linear_hook(path))
         for block in self.attention_blocks:
             block.katei_base = _Reference(self)
         self.model.set_attn_implementation(ATTENTION)
         self._layer_calls: list[dict[str, Any]] = []
         self._rotary_calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._probe()
+        self._attention_calls: dict[int, _AttentionCall] = {}
+        self.trunks = fast
+        self.usual_layers: list[UsualLayer] = []
+        """Our own run of every layer; empty where transformers' is used."""
+        self._probe(fast)
 
     # ---------------------------------------------------------------- facts
 
@@ -136,9 +144,7 @@ class Base:
         return chosen
 
     def weight(self, site: str) -> nn.Linear:
-        module = self.model.get_submodule(site)
-        assert isinstance(module, nn.Linear)
-        return module
+        return self.linears[site]
 
     def tokenize(self, text: str, max_length: int | None = None) -> list[int]:
         """Token ids of one text, with the special tokens its tokenizer adds, cut to `max_length`."""
@@ -152,7 +158,7 @@ class Base:
         self, rows: Sequence[PackedRow], stacks: Sequence[Stack], entries: Sequence[int] | None = None
     ) -> Stream:
         """Lay out rows for one pass; `entries[s]` is the layer at which rows of stack s join it, 0 without it."""
-        return build_stream(rows, stacks, [stack.adapters for stack in stacks], self.device, entries, self.depth)
+        return build_stream(rows, stacks, self.device, entries, self.depth, trunks=self.trunks)
 
     @contextmanager
     def running(self, stream: Stream, stacks: Sequence[Stack]) -> Iterator[None]:
@@ -163,7 +169,7 @@ class Base:
             yield
         finally:
             self._running = None
-            for part in stream.parts:
+            for part in (*stream.parts, *stream.pooled_parts):
                 part.memo.clear()
 
     def pooled(
@@ -178,42 +184,18 @@ class Base:
 
         `joining` holds, for each phase that does not begin at the embedding, what enters its layer: (tokens, D).
         """
-        for part in stream.parts:
+        for part in (*stream.parts, *stream.pooled_parts):
             part.recomputed = checkpointing
-        h_TD = self.layers_forward(stream, stacks, joining=joining, checkpointing=checkpointing)
-        pooled_BD: Tensor = self.norm(h_TD[stream.last_B][None])[0]
+        h_BD = self._through_layers(stream, stacks, joining or {}, checkpointing, pooled=True)
+        pooled_BD: Tensor = self.norm(h_BD[None])[0]
         return pooled_BD
 
     def embed(self, stream: Stream, stacks: Sequence[Stack]) -> Tensor:
         """What enters the first layer, for the tokens of the first phase: (T, D)."""
         h_TD: Tensor = self.embedding(stream.ids_T[: stream.phases[0].tokens])
         if stream.virtual_T is not None:
-            vectors = [
-                stacks[part.stack].embed()[part.adapter_B].flatten(0, 1)
-                for part in stream.parts
-                if stacks[part.stack].virtual_tokens
-            ]
+            vectors = [stacks[stack].embed()[owner_V].flatten(0, 1) for stack, owner_V in stream.virtual_adapters]
             h_TD = h_TD.index_copy(0, stream.virtual_T, torch.cat(vectors).to(h_TD.dtype))
-        return h_TD
-
-    def layers_forward(
-        self,
-        stream: Stream,
-        stacks: Sequence[Stack],
-        *,
-        joining: Mapping[int, Tensor] | None = None,
-        checkpointing: bool = False,
-    ) -> Tensor:
-        """The stream after the last layer, before the final norm: (T, D)."""
-        h_TD = self.embed(stream, stacks) if stream.phases[0].first_layer == 0 else None
-        ends = [phase.first_layer for phase in stream.phases[1:]] + [self.depth]
-        for phase, end in zip(stream.phases, ends, strict=True):
-            if phase.first_layer:
-                new_TD = (joining or {})[phase.first_layer]
-                h_TD = new_TD if h_TD is None else torch.cat([h_TD, new_TD])
-            assert h_TD is not None
-            h_TD = self._run_layers(stream, h_TD, phase.first_layer, end, checkpointing)
-        assert h_TD is not None
         return h_TD
 
     def hidden_at(self, stream: Stream, stacks: Sequence[Stack], layers: Sequence[int]) -> dict[int, Tensor]:
@@ -221,87 +203,156 @@ class Base:
         out: dict[int, Tensor] = {}
         h_TD, first = self.embed(stream, stacks), 0
         for layer in layers:
-            out[layer] = h_TD = self._run_layers(stream, h_TD, first, layer, checkpointing=False)
+            out[layer] = h_TD = self._run_layers(stream, h_TD, first, layer, checkpointing=False, pooled_B=None)
             first = layer
         return out
 
-    def _run_layers(self, stream: Stream, h_TD: Tensor, first: int, last: int, checkpointing: bool) -> Tensor:
-        h_1TD = h_TD[None]
-        if first < last:
-            position_1T = stream.position_T[None, : h_TD.shape[0]]
-            rotary = self._rotary(h_1TD, position_1T)
+    def _through_layers(
+        self,
+        stream: Stream,
+        stacks: Sequence[Stack],
+        joining: Mapping[int, Tensor],
+        checkpointing: bool,
+        pooled: bool,
+    ) -> Tensor:
+        """What leaves the last layer, before the final norm: every token (T, D), or the pooled ones (B, D)."""
+        h_TD = self.embed(stream, stacks) if stream.phases[0].first_layer == 0 else None
+        ends = [phase.first_layer for phase in stream.phases[1:]] + [self.depth]
+        for phase, end in zip(stream.phases, ends, strict=True):
+            if phase.first_layer == self.depth:  # rows that join behind the last layer are their pooled tokens alone
+                new_TD = joining[phase.first_layer]
+                return new_TD if h_TD is None else torch.cat([h_TD, new_TD])
+            if phase.first_layer:
+                new_TD = joining[phase.first_layer]
+                h_TD = new_TD if h_TD is None else torch.cat([h_TD, new_TD])
+            assert h_TD is not None
+            pooled_B = stream.last_B[: phase.rows] if pooled and end == self.depth else None
+            h_TD = self._run_layers(stream, h_TD, phase.first_layer, end, checkpointing, pooled_B)
+        assert h_TD is not None
+        return h_TD
+
+    def _run_layers(
+        self, stream: Stream, h_TD: Tensor, first: int, last: int, checkpointing: bool, pooled_B: Tensor | None
+    ) -> Tensor:
+        """Layers `first` to `last` (not included); `pooled_B` names the tokens asked for behind the last one."""
+        position_1T = stream.position_T[None, : h_TD.shape[0]]
+        rotary = self._rotary(h_TD[None], position_1T) if first < last else []
+        frozen = (
+            not self.embedding.weight.requires_grad
+        )  # full fine-tuning changes weights that our own layers take as constant
         for index in range(first, last):
             kwargs = self._layer_kwargs(index, position_1T, rotary)
+            asked_B = pooled_B if index == last - 1 else None
+            run = self._usual_run(index, kwargs) if self.usual_layers and frozen else self._library_run(index, kwargs)
             if checkpointing and torch.is_grad_enabled():
-                h_1TD = recompute(self.layers[index], h_1TD, use_reentrant=False, **kwargs)
+                h_TD = recompute(run, h_TD, asked_B, use_reentrant=False)
             else:
-                h_1TD = self.layers[index](h_1TD, **kwargs)
-            h_1TD = h_1TD[0] if isinstance(h_1TD, tuple) else h_1TD
-        return h_1TD[0]
+                h_TD = run(h_TD, asked_B)
+        return h_TD
 
-    # ---------------------------------------------------------------- the two hooks
+    def _library_run(self, index: int, kwargs: dict[str, Any]) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """Layer `index` as transformers wrote it."""
+
+        def run(h_TD: Tensor, asked_B: Tensor | None) -> Tensor:
+            out = self.layers[index](h_TD[None], **kwargs)
+            h_TD = (out[0] if isinstance(out, tuple) else out)[0]
+            return h_TD if asked_B is None else h_TD[asked_B]
+
+        return run
+
+    def _usual_run(self, index: int, kwargs: dict[str, Any]) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """Layer `index` in our own lines."""
+        block, call = self.attention_blocks[index], self._attention_calls[index]
+
+        def linear(site: str, x_TI: Tensor, pooled: bool) -> Tensor:
+            module = self.linears[site]
+            return self.adapt(site, x_TI, ops.frozen_linear(x_TI, module.weight, module.bias), pooled)
+
+        def attend(q_BHK: Tensor, k_TGK: Tensor, v_TGK: Tensor, pooled: bool) -> Tensor:
+            return self.attend(block, q_BHK, k_TGK, v_TGK, call, pooled)
+
+        def run(h_TD: Tensor, asked_B: Tensor | None) -> Tensor:
+            pair = tables(kwargs, h_TD.shape[0], self.head_size)
+            assert pair is not None
+            return self.usual_layers[index].run(h_TD, *pair, linear, attend, asked_B)
+
+        return run
+
+    # ---------------------------------------------------------------- the two places inside a layer
 
     def _linear_hook(self, site: str) -> Any:
         def hook(module: nn.Linear, args: tuple[Tensor, ...], y_1TO: Tensor) -> Tensor | None:
             if self._running is None:
                 return None
-            stream, stacks = self._running
-            touching = [part for part in stream.parts if site in stacks[part.stack].linear_sites]
-            if not touching:
-                return None
-            x_TI, y_TO = args[0][0], y_1TO[0]
-            pieces, done = [], 0
-            for part in touching:
-                if part.start > done:
-                    pieces.append(y_TO[done : part.start])
-                pieces.append(
-                    stacks[part.stack].linear(site, x_TI[part.start : part.stop], y_TO[part.start : part.stop], part)
-                )
-                done = part.stop
-            if done < y_TO.shape[0]:
-                pieces.append(y_TO[done:])
-            return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[None]
+            return self.adapt(site, args[0][0], y_1TO[0], False)[None]
 
         return hook
 
-    def attend(
-        self,
-        block: Any,
-        q_1HTK: Tensor,
-        k_1GTK: Tensor,
-        v_1GTK: Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """Attention of every row of the stream, causal within the row: (1, T, H, K)."""
+    def adapt(self, site: str, x_TI: Tensor, y_TO: Tensor, pooled: bool) -> Tensor:
+        """A site's outputs, each stack's slice changed by its adapters."""
         assert self._running is not None
         stream, stacks = self._running
-        q_THK, k_TGK, v_TGK = (x[0].transpose(0, 1) for x in (q_1HTK, k_1GTK, v_1GTK))
-        outs = []
+        parts = stream.pooled_parts if pooled else stream.parts
+        touching = [part for part in parts if site in stacks[part.stack].linear_sites]
+        if not touching:
+            return y_TO
+        owners: list[Part | None] = []
+        sizes: list[int] = []
+        done = 0
+        for part in touching:
+            if part.start > done:
+                owners.append(None)
+                sizes.append(part.start - done)
+            owners.append(part)
+            sizes.append(part.stop - part.start)
+            done = part.stop
+        if done < y_TO.shape[0]:
+            owners.append(None)
+            sizes.append(y_TO.shape[0] - done)
+        if len(sizes) == 1:
+            return stacks[touching[0].stack].linear(site, x_TI, y_TO, touching[0])
+        # one split, not slices: the gradient of each slice would be a stream of zeros with a little in it
+        pieces = [
+            y if owner is None else stacks[owner.stack].linear(site, x, y, owner)
+            for owner, x, y in zip(owners, x_TI.split(sizes), y_TO.split(sizes), strict=True)
+        ]
+        return torch.cat(pieces)
+
+    def attend(
+        self, block: Any, q_BHK: Tensor, k_TGK: Tensor, v_TGK: Tensor, call: _AttentionCall, pooled: bool
+    ) -> Tensor:
+        """Attention of every row of the stream, causal within the row: (T, H, K); for q of the pooled tokens alone (B, H, K)."""
+        assert self._running is not None
+        stream, stacks = self._running
+        parts = stream.pooled_parts if pooled else stream.parts
         phase = stream.phase(block.layer_idx)
-        for bucket in phase.buckets:
-            q, k, v = (_to_bucket(x, bucket) for x in (q_THK, k_TGK, v_TGK))
-            part = None if bucket.part is None else stream.parts[bucket.part]
+        outs = []
+        for bucket in phase.pooled_buckets if pooled else phase.buckets:
+            if pooled:
+                assert bucket.pooled_B is not None
+                q = q_BHK[bucket.pooled_B][:, :, None]
+            else:
+                q = _to_bucket(q_BHK, bucket)
+            k, v = _keys_to_bucket(k_TGK, bucket), _keys_to_bucket(v_TGK, bucket)
+            part = None if bucket.part is None else parts[bucket.part]
             stack = None if part is None else stacks[part.stack]
             if stack is not None and part is not None and bucket.prefix_tokens:
                 prefix_k, prefix_v = stack.prefix(block.layer_idx, part)
                 k = torch.cat([prefix_k[bucket.adapter_B].to(k.dtype), k], dim=2)
                 v = torch.cat([prefix_v[bucket.adapter_B].to(v.dtype), v], dim=2)
-            out = _attention(q, k, v, scaling, bucket.prefix_tokens, window, softcap)
+            out = _attention(q, k, v, call, _visible(bucket, call, pooled, q.device), causal=not pooled)
             if stack is not None and part is not None and stack.attends:
                 assert bucket.adapter_B is not None
-                out = stack.attend(block, q, out, bucket.adapter_B, part, scaling)
+                out = stack.attend(block, q, out, bucket.adapter_B, part, call.scaling)
             outs.append(out.transpose(1, 2).flatten(0, 1))
-        out_THK = outs[0] if len(outs) == 1 else torch.cat(outs)
-        if phase.scatter_T is not None:
-            out_THK = out_THK.index_select(0, phase.scatter_T)
-        return out_THK[None]
+        out_BHK = outs[0] if len(outs) == 1 else torch.cat(outs)
+        scatter = phase.pooled_scatter_B if pooled else phase.scatter_T
+        return out_BHK if scatter is None else out_BHK.index_select(0, scatter)
 
     # ---------------------------------------------------------------- how this architecture calls its layers
 
-    def _probe(self) -> None:
-        """Record how the model calls its rotary table and its layers, then check that our own run gives its result."""
+    def _probe(self, fast: bool) -> None:
+        """Record how the model calls its rotary table, its layers and its attention, then check that our own run gives its result."""
         position_1T = torch.arange(3, device=self.device)[None]
         rotary_outputs: list[Any] = []
         layer_calls: list[dict[str, Any]] = []
@@ -320,7 +371,7 @@ class Base:
             handles.append(self.model.rotary_emb.register_forward_hook(see_rotary, with_kwargs=True))
         rows = [PackedRow(0, 0, [0, 1 % self.vocabulary, 2 % self.vocabulary])]
         stacks: list[Any] = [Bare()]
-        stream = build_stream(rows, stacks, [1], self.device)
+        stream = build_stream(rows, stacks, self.device)
         try:
             with torch.no_grad(), self.running(stream, stacks):
                 # the mask of ones keeps transformers from looking for packed rows, which needs values (none on "meta")
@@ -350,14 +401,38 @@ class Base:
                 else:
                     kept[key] = value
             self._layer_calls.append(kept)
+        if not self._same(own_1TD, stream, stacks):
+            raise _unsupported(self.model_type, "running its layers one by one does not give its own result")
+        if fast:
+            self._use_usual_layers(own_1TD, stream, stacks)
+
+    def _same(self, own_1TD: Tensor, stream: Stream, stacks: Sequence[Any]) -> bool:
+        """Our run of the layers gives the model's own result. (Without numbers, on "meta", there is nothing to compare.)"""
         with torch.no_grad(), self.running(stream, stacks):
-            ours_TD = self.norm(self.layers_forward(stream, stacks)[None])[0]
+            ours_TD = self.norm(self._through_layers(stream, stacks, {}, checkpointing=False, pooled=False)[None])[0]
+        if own_1TD.device.type == "meta":
+            return True
         tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
         scale = own_1TD.float().abs().max().clamp_min(1e-6)
-        if own_1TD.device.type != "meta" and not bool(
-            ((ours_TD.float() - own_1TD[0].float()).abs().max() / scale) <= tolerance
-        ):
-            raise _unsupported(self.model_type, "running its layers one by one does not give its own result")
+        return bool(((ours_TD.float() - own_1TD[0].float()).abs().max() / scale) <= tolerance)
+
+    def _use_usual_layers(self, own_1TD: Tensor, stream: Stream, stacks: Sequence[Any]) -> None:
+        """Take our own lines for the layers, if every layer is of the usual kind and the numbers agree."""
+        activation = getattr(self.config, "hidden_activation", None) or getattr(self.config, "hidden_act", None)
+        position_1T = stream.position_T[None]
+        rotary = self._rotary(self.embedding(stream.ids_T)[None], position_1T)
+        found = []
+        for index, layer in enumerate(self.layers):
+            usual = usual_layer(f"layers.{index}", layer, self.head_size, activation)
+            if (
+                usual is None
+                or tables(self._layer_kwargs(index, position_1T, rotary), stream.tokens, self.head_size) is None
+            ):
+                return
+            found.append(usual)
+        self.usual_layers = found
+        if not self._same(own_1TD, stream, stacks):
+            self.usual_layers = []
 
     def _rotary(self, h_1TD: Tensor, position_1T: Tensor) -> list[Any]:
         outputs = []
@@ -412,6 +487,15 @@ def _unsupported(model_type: str, why: str) -> BaseError:
     )
 
 
+@dataclass(frozen=True)
+class _AttentionCall:
+    """What a layer hands to its attention beside q, k and v."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+
 def _to_bucket(x_THK: Tensor, bucket: Bucket) -> Tensor:
     """The bucket's rows, padded: (rows, H, L, K)."""
     if bucket.gather_T is None:
@@ -421,32 +505,50 @@ def _to_bucket(x_THK: Tensor, bucket: Bucket) -> Tensor:
     return torch.unflatten(x, 0, (bucket.rows, bucket.longest)).transpose(1, 2)
 
 
+def _keys_to_bucket(x_TGK: Tensor, bucket: Bucket) -> Tensor:
+    """What the bucket's rows attend to, their trunk in front: (rows, G, U + L, K)."""
+    if bucket.keys_T is None:
+        return _to_bucket(x_TGK, bucket)
+    x = x_TGK.index_select(0, bucket.keys_T)
+    return torch.unflatten(x, 0, (bucket.rows, bucket.trunk + bucket.longest)).transpose(1, 2)
+
+
+def _visible(bucket: Bucket, call: _AttentionCall, pooled: bool, device: torch.device) -> Tensor | None:
+    """Which keys each query sees, (rows or 1, 1, queries, keys), True for yes; None where plain causality says it, or where the
+    pooled token of every row sees all of them.
+    """
+    front = bucket.prefix_tokens + bucket.trunk
+    keys = front + bucket.longest
+    plain = not call.softcap and not (call.window and keys > call.window)
+    if plain and (min(bucket.own_lengths) == bucket.longest if pooled else not front):
+        return None
+    if pooled:
+        last_B1 = torch.tensor(bucket.own_lengths, device=device)[:, None, None, None] + (front - 1)
+    else:
+        last_B1 = torch.arange(front, keys, device=device)[None, None, :, None]
+    key_1L = torch.arange(keys, device=device)[None, None, None]
+    seen = key_1L <= last_B1
+    return seen & (last_B1 - key_1L < call.window) if call.window else seen
+
+
 def _attention(
-    q_BHLK: Tensor,
-    k_BGLK: Tensor,
-    v_BGLK: Tensor,
-    scaling: float,
-    prefix: int,
-    window: int | None,
-    softcap: float | None,
+    q_BHLK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, call: _AttentionCall, visible_BL: Tensor | None, *, causal: bool
 ) -> Tensor:
-    """Causal attention of rows padded on the right; the `prefix` keys in front are earlier than every query."""
-    queries, keys = q_BHLK.shape[2], k_BGLK.shape[2]
+    """Attention of rows padded on the right: to what `visible_BL` says; without it causal, or to every key."""
     groups = q_BHLK.shape[1] // k_BGLK.shape[1]
-    mask_LL = None
-    if prefix or softcap or (window and keys > window):
-        position_L1 = torch.arange(prefix, prefix + queries, device=q_BHLK.device)[:, None]
-        key_1L = torch.arange(keys, device=q_BHLK.device)[None]
-        mask_LL = key_1L <= position_L1
-        if window:
-            mask_LL = mask_LL & (position_L1 - key_1L < window)
-    if softcap:
+    if call.softcap:
         k_BHLK, v_BHLK = k_BGLK.repeat_interleave(groups, 1), v_BGLK.repeat_interleave(groups, 1)
-        scores = torch.tanh(q_BHLK @ k_BHLK.transpose(2, 3) * (scaling / softcap)) * softcap
-        assert mask_LL is not None
-        return torch.softmax(scores.float().masked_fill(~mask_LL, -torch.inf), -1).to(v_BHLK.dtype) @ v_BHLK
+        scores = torch.tanh(q_BHLK @ k_BHLK.transpose(2, 3) * (call.scaling / call.softcap)) * call.softcap
+        assert visible_BL is not None
+        return torch.softmax(scores.float().masked_fill(~visible_BL, -torch.inf), -1).to(v_BHLK.dtype) @ v_BHLK
     return F.scaled_dot_product_attention(
-        q_BHLK, k_BGLK, v_BGLK, attn_mask=mask_LL, is_causal=mask_LL is None, scale=scaling, enable_gqa=groups > 1
+        q_BHLK,
+        k_BGLK,
+        v_BGLK,
+        attn_mask=visible_BL,
+        is_causal=causal and visible_BL is None,
+        scale=call.scaling,
+        enable_gqa=groups > 1,
     )
 
 
@@ -466,8 +568,11 @@ def _attention_interface(
         raise _unsupported(module.config.model_type, "attention sinks are not implemented")
     if sliding_window is None:
         sliding_window = getattr(module, "sliding_window", None)
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return module.katei_base.base.attend(module, query, key, value, scale, sliding_window, softcap), None
+    call = _AttentionCall(scaling if scaling is not None else query.shape[-1] ** -0.5, sliding_window, softcap)
+    base: Base = module.katei_base.base
+    base._attention_calls[module.layer_idx] = call
+    q_THK, k_TGK, v_TGK = (x[0].transpose(0, 1) for x in (query, key, value))
+    return base.attend(module, q_THK, k_TGK, v_TGK, call, False)[None], None
 
 
 AttentionInterface.register(ATTENTION, _attention_interface)

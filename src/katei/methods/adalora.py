@@ -140,6 +140,7 @@ class AdaLoRAStack(Stack):
         super().__init__(base, classes, seeds, specs)
         self.linear_sites = {site.name: place_number(site.name) for site in self.sites}
         self.lowest_layer = min(site.layer for site in self.sites)
+        self.dropout = method.dropout
         self.triplets = r * len(self.sites)
         self.budgets = [self._budget(f.total_steps) for f in facts]
         self._score_layout(base.device)
@@ -179,9 +180,8 @@ class AdaLoRAStack(Stack):
     def linear(self, site: str, x_TI: Tensor, y_TO: Tensor, part: Part) -> Tensor:
         e_NR, a_NRI, b_NRO = (self.tensors[f"{site}.{name}"] for name in ("E_R", "A_RI", "B_RO"))
         keep_TI = part.keep_TI(place_number(site), x_TI.shape[1], self.method.dropout)
-        x_TI = x_TI.to(a_NRI.dtype)
-        delta_TO = low_rank(x_TI if keep_TI is None else x_TI * keep_TI, a_NRI * e_NR[:, :, None], b_NRO, part)
-        return torch.add(y_TO, delta_TO.to(y_TO.dtype), alpha=self.scaling)
+        x_TI = x_TI if keep_TI is None else x_TI.to(a_NRI.dtype) * keep_TI
+        return low_rank(x_TI, y_TO, a_NRI * e_NR[:, :, None], b_NRO, self.scaling, part)
 
     @property
     def scaling(self) -> float:

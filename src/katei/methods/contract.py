@@ -96,6 +96,8 @@ class Stack(ABC):
     """Keys and values put in front of each row at every attention (prefix tuning); rows start at this position."""
     attends: bool = False
     """True if `attend` changes attention's output (LLaMA-Adapter)."""
+    dropout: float = 0.0
+    """Share of a site's inputs dropped while training (LoRA, AdaLoRA): then no two rows have anything in common."""
     linear_sites: Mapping[str, object]
     """The linear sites this method acts on."""
     lowest_layer: int = 0

@@ -19,9 +19,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from katei.base.packed import Base, Site
-from katei.base.stream import Part
+from katei.base.stream import Part, Segments
 from katei.core.errors import AdapterError, RecipeError
 from katei.methods.contract import Method, Stack, TensorSpec, TrialFacts, constant, fill_, target_names
 
@@ -73,9 +74,7 @@ class IA3Stack(Stack):
         self.lowest_layer = min(site.layer for site in self.sites)
 
     def linear(self, site: str, x_TI: Tensor, y_TO: Tensor, part: Part) -> Tensor:
-        l_NO = self.tensors[f"{site}.l_O"]
-        l_TO = l_NO[0] if self.adapters == 1 else part.owner_float_TN() @ l_NO
-        return y_TO * l_TO.to(y_TO.dtype)
+        return _Scale.apply(y_TO, self.tensors[f"{site}.l_O"], part.segments)  # type: ignore[no-any-return, no-untyped-call]
 
     def merge(self, n: int, site: str, w_OI: Tensor) -> Tensor:
         return w_OI * self.tensors[f"{site}.l_O"][n].detach()[:, None] if site in self.linear_sites else w_OI
@@ -106,3 +105,29 @@ class IA3Stack(Stack):
 
     def load_peft_(self, n: int, tensors: Mapping[str, Tensor]) -> None:
         fill_(self.tensors, tensors, self._places(n))
+
+
+class _Scale(Function):
+    """y ⊙ l_n for each token's own adapter n: (T, O). Keeps y alone."""
+
+    @staticmethod
+    def forward(ctx: Any, y_TO: Tensor, l_NO: Tensor, segments: Segments) -> Tensor:
+        out_TO = torch.empty_like(y_TO)
+        for n, start, stop in segments:
+            torch.mul(y_TO[start:stop], l_NO[n].to(y_TO.dtype), out=out_TO[start:stop])
+        ctx.save_for_backward(y_TO, l_NO)
+        ctx.segments = segments
+        return out_TO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        y_TO, l_NO = ctx.saved_tensors
+        g_TO = grads[0]
+        to_y = torch.empty_like(y_TO) if ctx.needs_input_grad[0] else None
+        to_l = torch.zeros_like(l_NO)
+        for n, start, stop in ctx.segments:
+            g = g_TO[start:stop]
+            if to_y is not None:
+                torch.mul(g, l_NO[n].to(g.dtype), out=to_y[start:stop])
+            to_l[n] = (g * y_TO[start:stop]).float().sum(0)
+        return to_y, to_l, None

@@ -5,7 +5,7 @@ https://arxiv.org/abs/2312.03732.
 
 A: kaiming-uniform(√5), B: zeros (peft `lora/layer.py`, reset_lora_parameters), so step 0 is the base model.
 Trainable numbers: Σ over targets of r · (inputs + outputs), and the head.    At the linear place of q_proj and v_proj.
-All trials' columns lie side by side: y += (where(own, x A_catᵀ, 0)) B_cat, two products for any number of trials.
+Each trial's tokens lie together in the stream, so its two small products read them where they are.
 
 Dimensions: T tokens · N adapters · R rank · I inputs · O outputs.
 """
@@ -13,15 +13,16 @@ Dimensions: T tokens · N adapters · R rank · I inputs · O outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from katei.base.packed import Base, Site, place_number
-from katei.base.stream import Part
+from katei.base.stream import Part, Segments
 from katei.core.errors import RecipeError
 from katei.methods.contract import (
     Method,
@@ -106,13 +107,13 @@ class LoRAStack(Stack):
         super().__init__(base, classes, seeds, specs)
         self.linear_sites = {site.name: place_number(site.name) for site in self.sites}
         self.lowest_layer = min(site.layer for site in self.sites)
+        self.dropout = method.dropout
 
     def linear(self, site: str, x_TI: Tensor, y_TO: Tensor, part: Part) -> Tensor:
         a_NRI, b_NRO = self.tensors[f"{site}.A_RI"], self.tensors[f"{site}.B_RO"]
         keep_TI = part.keep_TI(place_number(site), x_TI.shape[1], self.method.dropout)
-        x_TI = x_TI.to(a_NRI.dtype)
-        delta_TO = low_rank(x_TI if keep_TI is None else x_TI * keep_TI, a_NRI, b_NRO, part)
-        return torch.add(y_TO, delta_TO.to(y_TO.dtype), alpha=self.method.scaling)
+        x_TI = x_TI if keep_TI is None else x_TI.to(a_NRI.dtype) * keep_TI
+        return low_rank(x_TI, y_TO, a_NRI, b_NRO, self.method.scaling, part)
 
     def merge(self, n: int, site: str, w_OI: Tensor) -> Tensor:
         if site not in self.linear_sites:
@@ -144,11 +145,70 @@ class LoRAStack(Stack):
         fill_(self.tensors, tensors, self._places(n))
 
 
-def low_rank(x_TI: Tensor, a_NRI: Tensor, b_NRO: Tensor, part: Part) -> Tensor:
-    """`B_n A_n x` for each token's own adapter n: (T, O)."""
-    adapters, rank = a_NRI.shape[:2]
-    if adapters == 1:
-        return (x_TI @ a_NRI[0].T) @ b_NRO[0]
-    h_TS = x_TI @ a_NRI.flatten(0, 1).T  # S = N · R columns, every adapter's side by side
-    h_TS = torch.where(part.owner_TN(rank), h_TS, 0.0)
-    return h_TS @ b_NRO.flatten(0, 1)
+def low_rank(x_TI: Tensor, y_TO: Tensor, a_NRI: Tensor, b_NRO: Tensor, scaling: float, part: Part) -> Tensor:
+    """`y + s · B_n A_n x` for each token's own adapter n: (T, O)."""
+    return _LowRank.apply(x_TI, y_TO, a_NRI, b_NRO, scaling, part.segments)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def low_rank_plain(x_TI: Tensor, y_TO: Tensor, a_NRI: Tensor, b_NRO: Tensor, scaling: float, part: Part) -> Tensor:
+    """The same in plain torch, every token through every adapter."""
+    all_TNO = torch.einsum("ti,nri,nro->tno", x_TI.to(a_NRI.dtype), a_NRI, b_NRO)
+    own_TO = all_TNO[torch.arange(len(x_TI)), part.adapter_T]
+    return torch.add(y_TO, own_TO.to(y_TO.dtype), alpha=scaling)
+
+
+class _LowRank(Function):
+    """Adapter by adapter, each with its own tokens: products as small as they are, nothing masked, nothing of one trial near
+    another's. Where every adapter has equally many tokens it is one batched product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TI: Tensor, y_TO: Tensor, a_NRI: Tensor, b_NRO: Tensor, scaling: float, segments: Segments
+    ) -> Tensor:
+        wide_TI = x_TI.to(a_NRI.dtype)
+        h_TR = wide_TI.new_empty(x_TI.shape[0], a_NRI.shape[1])
+        out_TO = torch.empty_like(y_TO)
+        for x, h, y, out, a_RI, b_RO in _walk(segments, (wide_TI, h_TR, y_TO, out_TO), (a_NRI, b_NRO)):
+            torch.matmul(x, a_RI.mT, out=h)
+            if y.dtype == h.dtype:
+                _add_product(y, h, b_RO, scaling, out)
+            else:
+                torch.add(y, (h @ b_RO).to(y.dtype), alpha=scaling, out=out)
+        ctx.save_for_backward(x_TI, h_TR, a_NRI, b_NRO)
+        ctx.scaling, ctx.segments = scaling, segments
+        return out_TO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x_TI, h_TR, a_NRI, b_NRO = ctx.saved_tensors
+        g_TO = (grads[0] if grads[0].dtype == h_TR.dtype else grads[0].to(h_TR.dtype)).contiguous()
+        wide_TI = x_TI.to(h_TR.dtype)
+        to_a, to_b = torch.zeros_like(a_NRI), torch.zeros_like(b_NRO)
+        to_x = torch.empty_like(wide_TI) if ctx.needs_input_grad[0] else None
+        streams = (wide_TI, h_TR, g_TO, g_TO if to_x is None else to_x)
+        for x, h, g, into, a_RI, b_RO, da, db in _walk(ctx.segments, streams, (a_NRI, b_NRO, to_a, to_b)):
+            torch.matmul(h.mT, g, out=db)
+            to_h = (g @ b_RO.mT).mul_(ctx.scaling)
+            torch.matmul(to_h.mT, x, out=da)
+            if to_x is not None:
+                torch.matmul(to_h, a_RI, out=into)
+        return None if to_x is None else to_x.to(x_TI.dtype), grads[0], to_a, to_b.mul_(ctx.scaling), None, None
+
+
+def _add_product(y: Tensor, h: Tensor, b_RO: Tensor, scaling: float, out: Tensor) -> None:
+    product = torch.addmm if y.ndim == 2 else torch.baddbmm
+    product(y, h, b_RO, alpha=scaling, out=out)
+
+
+def _walk(
+    segments: Segments, streams: tuple[Tensor, ...], adapters: tuple[Tensor, ...]
+) -> Iterator[tuple[Tensor, ...]]:
+    """Views of each segment's tokens and of its adapter; of all at once, with a leading N, where the segments are a rectangle."""
+    lengths = {stop - start for _, start, stop in segments}
+    owners = [n for n, _, _ in segments]
+    if len(segments) > 1 and len(lengths) == 1 and owners == list(range(adapters[0].shape[0])):
+        yield (*(t.unflatten(0, (len(segments), -1)) for t in streams), *adapters)
+        return
+    for n, start, stop in segments:
+        yield (*(t[start:stop] for t in streams), *(t[n] for t in adapters))

@@ -1,0 +1,154 @@
+"""The frozen arithmetic of a decoder layer, as backward needs it when no weight asks for a gradient.
+
+    frozen_linear   y = x Wᵀ + b             keeps nothing but the weight, which is there anyway
+    rms_norm        y = x / rms(x) ⊙ w       keeps x
+    rotate          y = R(position) x        keeps the rotary table
+    gated           y = act(gate) ⊙ up       keeps gate and up
+
+Autograd of the same lines in plain torch keeps two to four times as much and runs more kernels; `*_plain` beside each op are those
+lines, which the tests compare with.  On CPU in float32 the products go through oneDNN, which is in every torch build for x86 and was
+1.1 to 1.5 times as fast as the default BLAS there (`benchmarks/LOG.md`), with the weights as they lie in memory.
+
+Dimensions: T tokens · I inputs · O outputs · D width · H heads · K head size · F width of the MLP.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
+"""Names of `config.hidden_act` that `gated` knows."""
+
+
+def one_dnn(x: Tensor) -> bool:
+    """Products of `x` go through oneDNN: decided by device and type alone, so that a machine always takes the same path."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+def product(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b. `w_OI` may be the transposed view of a matrix."""
+    if one_dnn(x_TI):
+        return torch.ops.mkldnn._linear_pointwise(x_TI, w_OI, bias_O, "none", [], "")  # type: ignore[no-any-return]
+    return F.linear(x_TI, w_OI, bias_O)
+
+
+def frozen_linear(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """(T, O). No gradient reaches the weight or the bias."""
+    return _FrozenLinear.apply(x_TI, w_OI, bias_O)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _FrozenLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.w_OI = w_OI
+        return product(x_TI, w_OI, bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return product(grads[0], ctx.w_OI.t()), None, None
+
+
+def rms_norm(x: Tensor, scale_D: Tensor, eps: float, *, cast_first: bool) -> Tensor:
+    """Root-mean-square norm over the last dimension, computed in float32.
+
+    With `cast_first` the normalised x is rounded to x's type before it is scaled (Llama), else after (Gemma); `scale_D` is the
+    effective weight. No gradient reaches it.
+    """
+    return _RmsNorm.apply(x, scale_D, eps, cast_first)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def rms_norm_plain(x: Tensor, scale_D: Tensor, eps: float, *, cast_first: bool) -> Tensor:
+    x32 = x.float() if x.dtype != torch.float64 else x
+    unit = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return unit.to(x.dtype) * scale_D if cast_first else (unit * scale_D).to(x.dtype)
+
+
+class _RmsNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale_D: Tensor, eps: float, cast_first: bool) -> Tensor:
+        x32 = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        rms = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+        inverse = rms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale_D, inverse)
+        unit = x32 * inverse
+        if unit.dtype == x.dtype and unit.dtype == scale_D.dtype:
+            return unit.mul_(scale_D)
+        return unit.to(x.dtype) * scale_D if cast_first else (unit * scale_D).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, scale_D, inverse = ctx.saved_tensors
+        x32 = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        scaled = (grads[0] * scale_D).to(x32.dtype)
+        along = (scaled * x32).sum(-1, keepdim=True).mul_(inverse.pow(3)).div_(x.shape[-1])
+        return scaled.mul_(inverse).addcmul_(x32, along, value=-1).to(x.dtype), None, None, None
+
+
+def rotate(x_THK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
+    """Rotary position embedding in halves, as Llama's: (T, H, K), contiguous."""
+    return _Rotate.apply(x_THK, cos_T1K, sin_T1K)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def rotate_plain(x_THK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
+    first, second = x_THK.chunk(2, -1)
+    return x_THK * cos_T1K + torch.cat([-second, first], -1) * sin_T1K
+
+
+class _Rotate(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        out = x * cos
+        out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        cos, sin = ctx.saved_tensors
+        g = grads[0]
+        half = g.shape[-1] // 2
+        out = g * cos
+        out[..., :half].addcmul_(g[..., half:], sin[..., half:])
+        out[..., half:].addcmul_(g[..., :half], sin[..., :half], value=-1)
+        return out, None, None
+
+
+def gated(gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor:
+    """act(gate) ⊙ up: (T, F)."""
+    return _Gated.apply(gate_TF, up_TF, activation)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def gated_plain(gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor:
+    return _activate(gate_TF, activation) * up_TF
+
+
+def _activate(x: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_pytorch_tanh" else "none")
+
+
+class _Gated(Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return _activate(gate, activation).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        gate, up = ctx.saved_tensors
+        g = grads[0]
+        if ctx.activation == "silu":
+            to_gate = torch.ops.aten.silu_backward(g * up, gate)
+        else:
+            kind = "tanh" if ctx.activation == "gelu_pytorch_tanh" else "none"
+            to_gate = torch.ops.aten.gelu_backward(g * up, gate, approximate=kind)
+        return to_gate, _activate(gate, ctx.activation).mul_(g), None
