@@ -84,7 +84,8 @@ def usual_layer(name: str, layer: Any, head_size: int, activation: str | None) -
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     if children not in ({"self_attn", "mlp"} | norms, {"self_attn", "mlp"} | norms | second_norms):
         return None
-    assert attention is not None and mlp is not None
+    assert attention is not None
+    assert mlp is not None
     linears = {f"{part}_proj" for part in "qkvo"}
     inside = {part for part, _ in attention.named_children()}
     if inside not in (linears, linears | {"q_norm", "k_norm"}) or activation not in ops.ACTIVATIONS:
@@ -106,7 +107,8 @@ def usual_layer(name: str, layer: Any, head_size: int, activation: str | None) -
         found["input_layernorm"],
         found["pre_feedforward_layernorm" if gemma else "post_attention_layernorm"],
     )
-    assert first is not None and second is not None
+    assert first is not None
+    assert second is not None
     return UsualLayer(
         name=name,
         head_size=head_size,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from typing import Protocol
 
 import torch
@@ -392,7 +392,7 @@ def _bucket(
     stacks: Sequence[RowShape],
     device: torch.device,
 ) -> Bucket:
-    ends_meet = all(a.stop == b.start for a, b in zip(inside, inside[1:], strict=False))
+    ends_meet = all(a.stop == b.start for a, b in pairwise(inside))
     rectangle = ends_meet and all(s.length == longest for s in inside)
     gather = torch.zeros(len(inside), longest, dtype=torch.long)
     keys = torch.zeros(len(inside), trunk + longest, dtype=torch.long)

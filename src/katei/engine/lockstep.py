@@ -216,7 +216,17 @@ class Lockstep:
                 packed = PackedRow(state.stack, state.n, self.train.ids[row], noise)
                 work.append(_Work(packed, self.train.labels[row], 1.0 / len(batch), state))
         scale = LOSS_SCALE.get(self.base.dtype, 1.0)
-        self._passes(work, scale)
+        losses = self._passes(work, scale)
+        while diverged := self._diverged(losses):
+            for state in diverged:
+                state.finished = "diverged"
+            work = [item for item in work if item.state.finished is None]
+            for stack in self.stacks:
+                stack.zero_grad_()
+            losses = self._passes(work, scale)
+        for nats_B, items in losses:
+            for value, item in zip(nats_B.double().unbind(), items, strict=True):
+                item.state.nats += value
         if scale != 1.0:
             for s, stack in enumerate(self.stacks):
                 if not bool(torch.isfinite(stack.grad_NM).all()):
@@ -228,13 +238,21 @@ class Lockstep:
             if penalty_N is not None and mine:
                 penalty_N[mine].sum().backward()  # type: ignore[no-untyped-call]
 
-    def _passes(self, work: list[_Work], scale: float, *, counted: bool = True) -> None:
-        """Add the gradients of `work` in passes of at most `token_budget` tokens."""
+    def _passes(self, work: list[_Work], scale: float) -> list[tuple[Tensor, list[_Work]]]:
+        """Add the gradients of `work` in passes of at most `token_budget` tokens. Returns each pass' row losses, in nats."""
         lengths = [len(item.row.ids) + self.stacks[item.row.stack].virtual_tokens for item in work]
-        for chosen in passes(lengths, self.token_budget):
-            kept: list[_Work] | None = [work[i] for i in chosen if work[i].state.finished is None]
-            while kept is not None:  # once a trial has diverged, its rows must not touch the others' gradients
-                kept = self._backward(kept, scale, counted)
+        return [self._backward([work[i] for i in chosen], scale) for chosen in passes(lengths, self.token_budget)]
+
+    @staticmethod
+    def _diverged(losses: list[tuple[Tensor, list[_Work]]]) -> list[TrialState]:
+        """Trials with a loss that is not finite: their rows may have spoilt their companions' gradients (0 · NaN in a shared
+        product), so these are done again without them. The one place of a step where the host waits for the device.
+        """
+        if not losses:
+            return []
+        finite = torch.isfinite(torch.cat([nats_B for nats_B, _ in losses])).tolist()
+        items = [item for _, inside in losses for item in inside]
+        return list({id(i.state): i.state for i, good in zip(items, finite, strict=True) if not good}.values())
 
     def _one_by_one(self, s: int, work: list[_Work], scale: float) -> None:
         """Stack s's gradients again, in passes of one trial each: an infinite gradient of one trial leaves NaN (0 · ∞) in the
@@ -247,18 +265,14 @@ class Lockstep:
             mine = [i for i in work if i.row.stack == s and i.state.n == n and i.state.finished is None]
             for own_scale in (scale, 1.0):
                 stack.zero_grad_()
-                self._passes(mine, own_scale, counted=False)
+                self._passes(mine, own_scale)
                 if bool(torch.isfinite(stack.grad_NM[n]).all()):
                     break
             grad_NM[n] = stack.grad_NM[n] * (scale / own_scale)
         stack.grad_NM.copy_(grad_NM)
 
-    def _backward(self, work: list[_Work], scale: float, counted: bool) -> list[_Work] | None:
-        """One pass forward and back. Where a loss is not finite, its trial is marked as diverged, nothing is added to any
-        gradient, and the work of the other trials is returned, to be done again. `counted` losses enter the epoch's mean.
-        """
-        if not work:
-            return None
+    def _backward(self, work: list[_Work], scale: float) -> tuple[Tensor, list[_Work]]:
+        """One pass forward and back. Returns the row losses, in nats, and whose they are."""
         stream = self.base.stream([item.row for item in work], self.stacks, self.entries)
         joining = self.cache.joining(stream)
         ordered = [work[i] for i in stream.order]
@@ -268,17 +282,8 @@ class Lockstep:
             pooled_BD = self.base.pooled(stream, self.stacks, joining=joining, checkpointing=self.checkpointing)
             scores = [self.stacks[p.stack].scores(pooled_BD[p.first : p.last], p) for p in stream.parts]
             nats_B = F.cross_entropy(torch.cat(scores), labels_B, reduction="none")
-            finite = torch.isfinite(nats_B.detach()).tolist()
-            if not all(finite):
-                for item, good in zip(ordered, finite, strict=True):
-                    if not good:
-                        item.state.finished = "diverged"
-                return [item for item in work if item.state.finished is None]
             (nats_B * share_B).sum().mul(scale).backward()  # type: ignore[no-untyped-call]
-        if counted:
-            for value, item in zip(nats_B.detach().double().unbind(), ordered, strict=True):
-                item.state.nats += value
-        return None
+        return nats_B.detach(), ordered
 
     def _end_epoch(self, ended: list[TrialState]) -> None:
         probabilities: list[NDArray[np.float64]] = []
