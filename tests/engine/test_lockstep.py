@@ -95,9 +95,9 @@ def test_every_row_of_every_step_of_every_trial_has_its_own_dropout() -> None:
     engine = Lockstep(BASE, [trial(seed=0, batch_size=3), trial(seed=1, batch_size=3)], 3, TOKENS, None)
     seen, build = [], BASE.stream
 
-    def spy(rows: list[PackedRow], *args: object) -> object:
+    def spy(rows: list[PackedRow], *args: object, **how: object) -> object:
         seen.extend(row.noise for row in rows)
-        return build(rows, *args)  # type: ignore[arg-type]
+        return build(rows, *args, **how)  # type: ignore[arg-type]
 
     BASE.stream = spy  # type: ignore[assignment, method-assign]
     try:

@@ -59,11 +59,15 @@ class UsualLayer:
     ) -> Tensor:
         """What leaves the layer: (T, D), or with `pooled_B` those tokens alone, (B, D)."""
         pooled = pooled_B is not None
+
+        def heads(y: Tensor) -> Tensor:
+            return torch.unflatten(y, 1, (-1, self.head_size))
+
         x_TD = self.norm(h_TD)
         x_BD, h_BD, cos_B1K, sin_B1K = (y if pooled_B is None else y[pooled_B] for y in (x_TD, h_TD, cos_T1K, sin_T1K))
-        q_BHK = linear(f"{self.name}.self_attn.q_proj", x_BD, pooled).unflatten(1, (-1, self.head_size))
-        k_TGK = linear(f"{self.name}.self_attn.k_proj", x_TD, False).unflatten(1, (-1, self.head_size))
-        v_TGK = linear(f"{self.name}.self_attn.v_proj", x_TD, False).unflatten(1, (-1, self.head_size))
+        q_BHK = heads(linear(f"{self.name}.self_attn.q_proj", x_BD, pooled))
+        k_TGK = heads(linear(f"{self.name}.self_attn.k_proj", x_TD, False))
+        v_TGK = heads(linear(f"{self.name}.self_attn.v_proj", x_TD, False))
         q_BHK = ops.rotate(self.q_norm(q_BHK) if self.q_norm else q_BHK, cos_B1K, sin_B1K)
         k_TGK = ops.rotate(self.k_norm(k_TGK) if self.k_norm else k_TGK, cos_T1K, sin_T1K)
         o_BO = attend(q_BHK, k_TGK, v_TGK, pooled).flatten(1)

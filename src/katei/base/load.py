@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -31,7 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from katei.base.builtin import BUILTINS, WHAT_MODEL_MAY_BE
 from katei.base.convert import convert_builtin, convert_gguf
 from katei.base.device import pick_device, pick_dtype
-from katei.base.folder import Say, check_folder, fingerprint, read_config, silent
+from katei.base.folder import Say, check_folder, fingerprint, read_config, silent, weight_files
 from katei.base.hub import HUB_ID, hub_folder
 from katei.base.quiet import forget_how_loaded, quiet
 from katei.core.errors import BaseError, nearest
@@ -128,7 +129,7 @@ def _load(kind: Any, name: str, precision: str, device: str, say: Say) -> Loaded
         raise _cannot("load the weights", folder, error) from error
     _check_all_loaded(info, folder)
     model = model.to(place).eval().requires_grad_(False)
-    _check_finite(model, folder, precision)
+    _check_finite(folder, dtype, precision)
     return LoadedBase(model, tokenizer, name, str(folder), fingerprint(folder))
 
 
@@ -213,16 +214,22 @@ def _check_all_loaded(info: dict[str, Any], folder: Path) -> None:
             )
 
 
-def _check_finite(model: Any, folder: Path, precision: str) -> None:
-    for name, weight in model.named_parameters():
-        if not bool(torch.isfinite(weight.sum(dtype=torch.float32))):
-            raise BaseError(
-                f"{name} holds numbers that are infinite or not numbers in {precision}",
-                file=folder,
-                hint="try --precision bf16 or fp32"
-                if precision == "fp16"
-                else "the file is damaged; download the base again",
-            )
+def _check_finite(folder: Path, dtype: torch.dtype, precision: str) -> None:
+    """Raise BaseError for a weight that is not finite in `dtype`. Reads the files by themselves, a tensor at a time: the model's
+    own weights are mapped from them, and a row of the embedding that is never looked up need not enter memory.
+    """
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                weight = tensors.get_tensor(name).to(dtype)
+                if not bool(torch.isfinite(weight.sum(dtype=torch.float32))):
+                    raise BaseError(
+                        f"{name} holds numbers that are infinite or not numbers in {precision}",
+                        file=folder,
+                        hint="try --precision bf16 or fp32"
+                        if precision == "fp16"
+                        else "the file is damaged; download the base again",
+                    )
 
 
 def _cannot(do: str, folder: Path, error: Exception) -> BaseError:

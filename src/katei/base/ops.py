@@ -25,9 +25,12 @@ ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 """Names of `config.hidden_act` that `gated` knows."""
 
 
+ONE_DNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+
+
 def one_dnn(x: Tensor) -> bool:
     """Products of `x` go through oneDNN: decided by device and type alone, so that a machine always takes the same path."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return x.device.type == "cpu" and x.dtype == torch.float32 and ONE_DNN
 
 
 def product(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -76,15 +79,13 @@ class _RmsNorm(Function):
         inverse = rms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale_D, inverse)
         unit = x32 * inverse
-        if unit.dtype == x.dtype and unit.dtype == scale_D.dtype:
-            return unit.mul_(scale_D)
-        return unit.to(x.dtype) * scale_D if cast_first else (unit * scale_D).to(x.dtype)
+        return (unit.to(x.dtype).mul_(scale_D) if cast_first else unit.mul_(scale_D)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, scale_D, inverse = ctx.saved_tensors
         x32 = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        scaled = (grads[0] * scale_D).to(x32.dtype)
+        scaled = grads[0].to(x32.dtype) * scale_D.to(x32.dtype)
         along = (scaled * x32).sum(-1, keepdim=True).mul_(inverse.pow(3)).div_(x.shape[-1])
         return scaled.mul_(inverse).addcmul_(x32, along, value=-1).to(x.dtype), None, None, None
 

@@ -155,10 +155,17 @@ class Base:
     # ---------------------------------------------------------------- the pass
 
     def stream(
-        self, rows: Sequence[PackedRow], stacks: Sequence[Stack], entries: Sequence[int] | None = None
+        self,
+        rows: Sequence[PackedRow],
+        stacks: Sequence[Stack],
+        entries: Sequence[int] | None = None,
+        *,
+        trunks: bool = True,
     ) -> Stream:
-        """Lay out rows for one pass; `entries[s]` is the layer at which rows of stack s join it, 0 without it."""
-        return build_stream(rows, stacks, self.device, entries, self.depth, trunks=self.trunks)
+        """Lay out rows for one pass; `entries[s]` is the layer at which rows of stack s join it, 0 without it. `trunks=False` keeps
+        every row whole.
+        """
+        return build_stream(rows, stacks, self.device, entries, self.depth, trunks=trunks and self.trunks)
 
     @contextmanager
     def running(self, stream: Stream, stacks: Sequence[Stack]) -> Iterator[None]:
@@ -314,7 +321,7 @@ class Base:
         # one split, not slices: the gradient of each slice would be a stream of zeros with a little in it
         pieces = [
             y if owner is None else stacks[owner.stack].linear(site, x, y, owner)
-            for owner, x, y in zip(owners, x_TI.split(sizes), y_TO.split(sizes), strict=True)
+            for owner, x, y in zip(owners, torch.split(x_TI, sizes), torch.split(y_TO, sizes), strict=True)
         ]
         return torch.cat(pieces)
 

@@ -25,17 +25,24 @@ def roc_auc(probability_EC: Floats, labels: Sequence[int]) -> float | None:
 
     None where a class that is needed has no row, or every row, of these.
     """
-    from sklearn.metrics import roc_auc_score
-
     y = np.asarray(labels)
     classes = probability_EC.shape[1]
     if not np.isfinite(probability_EC).all():
         return None
     if classes == 2:
-        return float(roc_auc_score(y, probability_EC[:, 1])) if 0 < y.sum() < len(y) else None
+        return _area(probability_EC[:, 1], y == 1) if 0 < y.sum() < len(y) else None
     if any(not 0 < (y == c).sum() < len(y) for c in range(classes)):
         return None
-    return float(np.mean([roc_auc_score(y == c, probability_EC[:, c]) for c in range(classes)]))
+    return float(np.mean([_area(probability_EC[:, c], y == c) for c in range(classes)]))
+
+
+def _area(score_E: Floats, inside_E: NDArray[np.bool_]) -> float:
+    """Mann and Whitney's statistic as a share of the pairs, ties by halves. (scikit-learn's is the same number, for 85 MB of import.)"""
+    _, place_E, count = np.unique(score_E, return_inverse=True, return_counts=True)
+    rank_E = (np.cumsum(count) - (count - 1) / 2)[place_E]
+    inside = int(inside_E.sum())
+    pairs = inside * (len(inside_E) - inside)
+    return float((rank_E[inside_E].sum() - inside * (inside + 1) / 2) / pairs)
 
 
 def wilson_interval(correct: int, rows: int, level: float = 0.95) -> tuple[float, float]:

@@ -95,7 +95,7 @@ class ActivationCache:
     def _compute(self, rows: Sequence[Row]) -> dict[int, list[Tensor]]:
         """The rows through the bare base, as far as the highest layer asked for: pieces (T, D) by layer."""
         stacks: list[Any] = [Bare()]
-        stream = self.base.stream([PackedRow(0, 0, row) for row in rows], stacks)
+        stream = self.base.stream([PackedRow(0, 0, row) for row in rows], stacks, trunks=False)
         out: dict[int, list[Tensor]] = {}
         with torch.no_grad(), self.base.running(stream, stacks):
             for layer, h_TD in self.base.hidden_at(stream, stacks, self.layers).items():

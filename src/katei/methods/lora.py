@@ -208,7 +208,7 @@ def _walk(
     lengths = {stop - start for _, start, stop in segments}
     owners = [n for n, _, _ in segments]
     if len(segments) > 1 and len(lengths) == 1 and owners == list(range(adapters[0].shape[0])):
-        yield (*(t.unflatten(0, (len(segments), -1)) for t in streams), *adapters)
+        yield (*(torch.unflatten(t, 0, (len(segments), -1)) for t in streams), *adapters)
         return
     for n, start, stop in segments:
         yield (*(t[start:stop] for t in streams), *(t[n] for t in adapters))
