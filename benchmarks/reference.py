@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
 from tests.helpers.peft_reference import peft_model, sequence_classifier
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -72,7 +74,7 @@ class Reference:
 
     seconds: float
     valid_losses: list[float] = field(default_factory=list)
-    test_logits: np.ndarray | None = None
+    test_probabilities: NDArray[np.float64] | None = None
 
 
 def train(
@@ -83,32 +85,37 @@ def train(
     train_tokens: Tokens,
     valid: Tokens | None,
     test: Tokens | None,
-    *,
-    epochs: int | None = None,
 ) -> Reference:
-    """Train adapter n's beginning with Trainer as its documentation says: evaluation each epoch, nothing saved or reported.
-
-    `epochs` ends the run early, on the schedule of the whole.
-    """
+    """Train a peft model that begins as adapter n does."""
     classifier = sequence_classifier(backbone, stack.classes, attention="sdpa")
-    model = peft_model(classifier, stack, n, trial.method, trial.total_steps)
+    return fit(peft_model(classifier, stack, n, trial.method, trial.total_steps), trial, train_tokens, valid, test)
+
+
+def fit(model: Any, trial: Trial, train_tokens: Tokens, valid: Tokens | None, test: Tokens | None) -> Reference:
+    """Train with Trainer as its documentation says: loss, accuracy and ROC AUC each epoch, nothing saved or reported."""
     t = trial.training
     losses: list[float] = []
 
     def note(prediction: Any) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        losses.append(cross_entropy(logits, prediction.label_ids))
-        return {"accuracy": float((logits.argmax(1) == prediction.label_ids).mean())}
+        labels = prediction.label_ids
+        losses.append(cross_entropy(logits, labels))
+        scores = {"accuracy": float((logits.argmax(1) == labels).mean())}
+        if len(set(labels.tolist())) == 2:
+            scores["roc_auc"] = float(roc_auc_score(labels, logits[:, 1] - logits[:, 0]))
+        return scores
 
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
         num_train_epochs=t.epochs,
-        max_steps=-1 if epochs is None else epochs * trial.steps_per_epoch,
         per_device_train_batch_size=t.batch_size,
         per_device_eval_batch_size=t.batch_size,
         learning_rate=t.learning_rate,
         weight_decay=t.weight_decay,
         max_grad_norm=t.clip_norm,
+        adam_beta1=t.beta1,
+        adam_beta2=t.beta2,
+        adam_epsilon=t.epsilon,
         lr_scheduler_type="linear",
         eval_strategy="epoch" if valid is not None else "no",
         save_strategy="no",
@@ -130,16 +137,17 @@ def train(
     trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
     trainer.train()
-    logits = None
+    probabilities = None
     if test is not None:
         logits = trainer.predict(Rows(test)).predictions
         logits = logits[0] if isinstance(logits, tuple) else logits
+        probabilities = torch.softmax(torch.tensor(logits, dtype=torch.float64), 1).numpy()
         losses.pop()
-    return Reference(time.perf_counter() - started, losses, logits)
+    return Reference(time.perf_counter() - started, losses, probabilities)
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Right-padded, with a mask."""
+    """Right-padded to the longest row of the batch, with a mask, as DataCollatorWithPadding does."""
     longest = max(len(row["input_ids"]) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)

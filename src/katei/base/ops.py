@@ -78,7 +78,7 @@ class _RmsNorm(Function):
         rms = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
         inverse = rms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale_D, inverse)
-        unit = x32 * inverse
+        unit: Tensor = x32 * inverse
         return (unit.to(x.dtype).mul_(scale_D) if cast_first else unit.mul_(scale_D)).to(x.dtype)
 
     @staticmethod

@@ -139,7 +139,7 @@ class Lockstep:
         train: Tokens,
         valid: Tokens | None,
         *,
-        token_budget: int = 2048,
+        token_budget: int = 1024,
         checkpointing: bool = False,
         cache: bool = True,
     ):

@@ -76,7 +76,7 @@ def merge_adapter(
         weights[f"{site}.weight"] = stack.merge(0, site, weights[f"{site}.weight"])
         if f"{site}.bias" in weights:
             weights[f"{site}.bias"] = stack.merge_bias(0, site, weights[f"{site}.bias"])
-    before = score_rows(base, [stack], [(0, 0, ids) for ids in rows], token_budget=2048)
+    before = score_rows(base, [stack], [(0, 0, ids) for ids in rows], token_budget=1024)
     with folder_atomic(out) as folder:
         _save_classifier(folder, base, weights, stack.tensors[HEAD][0].detach(), saved.note)
         say(f"comparing {len(rows)} rows")

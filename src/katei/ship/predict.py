@@ -19,7 +19,7 @@ FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
 
 
 def predict_texts(
-    base: Base, stack: Stack, note: AdapterNote, texts: Sequence[str], *, token_budget: int = 2048
+    base: Base, stack: Stack, note: AdapterNote, texts: Sequence[str], *, token_budget: int = 1024
 ) -> NDArray[np.float64]:
     """Class probabilities of each text, (texts, C), in order."""
     rows = [(0, 0, base.tokenize(text, note.max_length)) for text in texts]
@@ -59,7 +59,7 @@ def added_columns(note: AdapterNote) -> list[str]:
 
 
 def predict_table(
-    base: Base, stack: Stack, note: AdapterNote, table: Table, out: Path, *, token_budget: int = 2048
+    base: Base, stack: Stack, note: AdapterNote, table: Table, out: Path, *, token_budget: int = 1024
 ) -> int:
     """Classify every row of `table` into `out` (written whole or not at all). Returns the number of rows."""
     probability_EC = predict_texts(base, stack, note, table.texts, token_budget=token_budget)

@@ -39,7 +39,7 @@ class Recipe:
     """Tokens a text may have; longer ones are cut, with a warning."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
-    token_budget: int = 2048
+    token_budget: int = 1024
     """Tokens in one pass: bounds memory, never changes a result."""
     training: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Recipe:
         if self.max_length < 1:
             raise RecipeError(f"max_length is {self.max_length}, but it counts tokens", hint="max_length = 200")
         if self.token_budget < 1:
-            raise RecipeError(f"token_budget is {self.token_budget}, but it counts tokens", hint="token_budget = 2048")
+            raise RecipeError(f"token_budget is {self.token_budget}, but it counts tokens", hint="token_budget = 1024")
 
     def resolved(self, name: str) -> tuple[Method, Training]:
         """Method `name` and its training with every default filled in."""
