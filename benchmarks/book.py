@@ -1,6 +1,6 @@
 """The book's comparison: six methods, batch 1, evaluated each epoch, tested at the end. peft + Trainer ÷ katei, wall time.
 
-    python -m benchmarks.book             2 epochs of a third of the rows, three pairs; and each of our methods alone
+    python -m benchmarks.book             2 epochs of 36 of the rows, three pairs; and each of our methods alone
     python -m benchmarks.book --full      the real thing once: 10 epochs, all rows; goes on where it was cut off
 
 Settings are those of recipes/book.toml. Theirs trains one method after another, ours all six in lockstep.
@@ -45,13 +45,15 @@ def main() -> None:
     if options.full:
         full(figures, sides, options.data)
         return
-    n, rows = (1, (6, 2, 2)) if options.quick else (3, (54, 18, 18))
+    n, rows = (1, (6, 2, 2)) if options.quick else (3, (36, 12, 12))
     check_gently(sides.theirs, sides.ours, book_task(sides, (3, 1, 1), epochs=2, data=options.data))
 
     task = book_task(sides, rows, epochs=2, data=options.data)
     note = f"{options.data}, {'/'.join(map(str, rows))} rows, 2 epochs"
     their_runs, our_runs = pairs(lambda: sides.theirs(task), lambda: sides.ours(task), n, check)
-    figures.add("ratio", "×", ratios(their_runs, our_runs), note=note)
+    figures.add("ratio", "×", ratios(their_runs, our_runs), case=options.data, note=note)
+    if options.data != DATA:
+        return
     for trial in task.trials:
         apart = [loss_difference(t, o, trial.name) for t, o in zip(their_runs, our_runs, strict=True)]
         figures.add("relative difference of validation losses", "", apart, case=trial.name, note=note)
@@ -101,7 +103,7 @@ def full(figures: Figures, sides: Sides, data: str) -> None:
         check(one, done["ours"])
         theirs.seconds += one.seconds
     figures.add("seconds, full", "s", [theirs.seconds], case="theirs, six one after another", note=note)
-    figures.add("ratio, full", "×", ratios([theirs], [done["ours"]]), note=note)
+    figures.add("ratio, full", "×", ratios([theirs], [done["ours"]]), case=data, note=note)
 
 
 def _read(file: Path) -> dict[str, Side]:

@@ -71,6 +71,19 @@ def compare(
     )
 
 
+def compare_from(
+    file: PathLike, *, margin: float = 0.05, references: Sequence[str] = (), lang: str = "en"
+) -> dict[str, Any]:
+    """Compare methods by results obtained elsewhere: a table of predictions or of counts; see `katei.study.external`."""
+    from katei.study.external import compare_file
+    from katei.study.verdicts import check_language, note, verdict
+
+    check_language(lang)
+    comparison = compare_file(file, margin=margin, references=references)
+    said = {"note": note(comparison, lang), "verdict": verdict(comparison, lang)}
+    return {"file": str(file), **comparison.as_json(), **said}
+
+
 def train(
     data: PathLike | None = None, *, out: PathLike, method: str | None = None, seed: int | None = None, **rest: Any
 ) -> Study:

@@ -59,7 +59,7 @@ Patience = Annotated[
 ]
 Keep = Annotated[str | None, typer.Option(help="Which epoch's adapter stays: last or best (validation loss) [last].")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens a text may have [200].")]
-TokenBudget = Annotated[int | None, typer.Option(help="Tokens in one pass: bounds memory, never the result [2048].")]
+TokenBudget = Annotated[int | None, typer.Option(help="Tokens in one pass: bounds memory, never the result [1024].")]
 TrainPrecision = Annotated[
     str | None, typer.Option("--precision", help="Of the frozen base: fp32, bf16 or fp16 [fp32].")
 ]
@@ -162,6 +162,7 @@ def train(
 
 @app.command()
 def compare(
+    context: typer.Context,
     data: Annotated[str | None, typer.Argument(help=DATA_HELP)] = None,
     method: Annotated[
         str | None, typer.Option(help=f"Comma-separated: {METHOD_HELP}; all means the book's six [all].")
@@ -188,11 +189,32 @@ def compare(
     device: TrainDevice = None,
     save_seconds: SaveSeconds = 60.0,
     overwrite: Overwrite = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Train nothing: compare results obtained elsewhere. A table with method, row, label and prediction (or one "
+            "probability_LABEL per class; also seed, fold), or with method, correct and rows.",
+        ),
+    ] = None,
+    lang: Annotated[str, typer.Option(help="Of the verdict of --from: en or ja.")] = "en",
+    margin: Annotated[float, typer.Option(help="With --from: differences in accuracy that do not matter.")] = 0.05,
+    reference: Annotated[
+        str | None, typer.Option(help="With --from: comma-separated, the methods that the others should beat.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train several methods (and seeds) in lockstep on the same rows; prints all scores and what may be said of them."""
     from katei import api
 
+    _check_together(context, results is not None, ("lang", "margin", "reference"))
+    if results is not None:
+        from katei.printing import print_comparison
+
+        names = [] if reference is None else [name.strip() for name in reference.split(",")]
+        comparison = api.compare_from(results, margin=margin, references=names, lang=lang)
+        _finish(comparison, as_json, lambda: print_comparison(comparison, lang))
+        return
     study = api.compare(
         data,
         out=out,
@@ -411,6 +433,21 @@ def _print_study(study: Any, as_json: bool) -> None:
     from katei.printing import print_study
 
     _finish(study.as_json(), as_json, lambda: print_study(study))
+
+
+def _check_together(context: typer.Context, from_file: bool, own: tuple[str, ...]) -> None:
+    """Raise RecipeError for flags of training beside --from, and for those of --from without it."""
+    flags = {p.name: p.opts[0] if p.opts[0].startswith("-") else "DATA" for p in context.command.params}
+    sources = {name: context.get_parameter_source(str(name)) for name in flags}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    wrong = [flags[n] for n in given if (n not in (*own, "results", "as_json") if from_file else n in own)]
+    if wrong and from_file:
+        raise RecipeError(
+            f"--from trains nothing, so {', '.join(wrong)} has no meaning", hint="katei compare --from FILE"
+        )
+    if wrong:
+        hint = f"katei compare --from FILE {wrong[0]} …"
+        raise RecipeError(f"{', '.join(wrong)} belongs to --from FILE", hint=hint)
 
 
 def _finish(result: dict[str, Any], as_json: bool, show: Any) -> None:

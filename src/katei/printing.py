@@ -90,6 +90,84 @@ def _interval(interval: list[float] | None) -> str:
     return "–" if interval is None else f"{interval[0]:.3f} – {interval[1]:.3f}"
 
 
+COMPARISON_WORDS = {
+    "en": {
+        "method": "method", "rows": "rows", "accuracy": "accuracy", "interval": "95 % interval", "roc_auc": "ROC AUC",
+        "macro_f1": "macro F1", "log_loss": "log loss", "brier": "Brier", "calibration_error": "calibration error",
+        "pair": "difference in", "difference": "difference", "p": "p", "p_adjusted": "p (Holm)", "says": "",
+        "different": "different", "equivalent": "equal within ±{margin:g}", "open": "cannot tell", "more": "{n} more pairs: --json",
+        "alone": "Each interval of a difference is of its own; whether a pair is called different goes by p (Holm).",
+        "rows_": "{rows:,} rows", "seeds_": "{rows:,} rows × {seeds} seeds", "folds_": "{rows:,} rows in {folds} folds × {seeds}",
+        "counts_": "counts",
+    },
+    "ja": {
+        "method": "手法", "rows": "行数", "accuracy": "正解率", "interval": "95 % 区間", "roc_auc": "ROC AUC",
+        "macro_f1": "マクロ F1", "log_loss": "対数損失", "brier": "Brier", "calibration_error": "較正誤差",
+        "pair": "差：", "difference": "差", "p": "p", "p_adjusted": "p（Holm）", "says": "",
+        "different": "差あり", "equivalent": "±{margin:g} 以内で同等", "open": "分からない", "more": "ほか {n} 組は --json に",
+        "alone": "差の区間は 1 組ごとのもの。差ありとするかどうかは p（Holm）で決めます。",
+        "rows_": "{rows:,} 行", "seeds_": "{rows:,} 行 × シード {seeds} 個", "folds_": "{rows:,} 行、{folds} 分割 × {seeds} 回",
+        "counts_": "正解数",
+    },
+}  # fmt: skip
+WITH_INTERVAL = ("accuracy", "roc_auc")  # the others are in --json
+PAIRS_SHOWN = 15
+
+
+def print_comparison(result: dict[str, Any], lang: str) -> None:
+    """Scores, differences, and the verdict of `compare --from`."""
+    console, words, design = _console(), COMPARISON_WORDS[lang], result["design"]
+    title = f"{result['file']}, {words[design['kind'] + '_'].format(**design)}"
+    metrics = [
+        m for m in words if all(m in scores for scores in result["methods"]) and f"{m}_interval" in result["methods"][0]
+    ]
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(words["method"])
+    table.add_column(words["rows"], justify="right")
+    for metric in metrics:
+        table.add_column(words[metric], justify="right")
+        if metric in WITH_INTERVAL:
+            table.add_column(words["interval"], justify="right")
+    for scores in result["methods"]:
+        values = []
+        for m in metrics:
+            values += [number(scores[m]), *([_interval(scores[f"{m}_interval"])] if m in WITH_INTERVAL else [])]
+        table.add_row(scores["method"], f"{scores['rows']:,}", *values)
+    if result["commonest_class"] is not None:
+        table.add_section()
+        table.add_row(f"= {result['commonest_class']['label']}", "", number(result["commonest_class"]["accuracy"]))
+    console.print(table)
+    for metric in dict.fromkeys(d["metric"] for d in result["differences"]):
+        pairs = [d for d in result["differences"] if d["metric"] == metric]
+        console.print(_difference_table(pairs, f"{words['pair']} {words[metric]}", result["margin"], words))
+    if len(result["differences"]) > 1:
+        console.print(Text(words["alone"], style="dim"))
+    if result["note"] is not None:
+        console.print(Text(result["note"], style="dim"))
+    console.print(Text(f"\n{result['verdict']}"))
+
+
+def _difference_table(pairs: list[dict[str, Any]], title: str, margin: float, words: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for name in ("difference", "interval", "p", "p_adjusted"):
+        table.add_column(words[name], justify="right")
+    table.add_column(words["says"])
+    for d in pairs[:PAIRS_SHOWN]:
+        low, high = d["interval"]
+        said = [words[key].format(margin=margin) for key in ("different", "equivalent") if d[key]] or [words["open"]]
+        table.add_row(
+            f"{d['first']} − {d['second']}",
+            f"{d['difference']:+.3f}",
+            f"{low:+.3f} – {high:+.3f}",
+            *(f"{p:.3f}" if p >= 0.0005 else "< 0.001" for p in (d["p"], d["p_adjusted"])),
+            ", ".join(said),
+        )
+    if len(pairs) > PAIRS_SHOWN:
+        table.add_row(words["more"].format(n=len(pairs) - PAIRS_SHOWN))
+    return table
+
+
 def print_scores(scores: dict[str, Any]) -> None:
     console = _console()
     console.print(Text(f"{scores['rows']} rows"))
