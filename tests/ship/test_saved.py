@@ -76,7 +76,9 @@ def test_what_peft_saved_answers_the_same_in_katei(
     model = made_in_peft(PEFT_CONFIGS[name](), base, tmp_path / "adapter")
     theirs = row_by_row(model, base, TEXTS)
     assert np.abs(theirs - row_by_row(plain_classifier(base), base, TEXTS)).max() > 0.02
-    assert np.abs(katei_logits(tmp_path / "adapter", TEXTS, base) - theirs).max() < 5e-5
+    exact = row_by_row(model.double(), base, TEXTS)
+    error, allowed = (np.abs(x - exact).max() for x in (katei_logits(tmp_path / "adapter", TEXTS, base), theirs))
+    assert error <= 2 * allowed + 1e-6, f"error {error:.1e}, peft's own {allowed:.1e}"
 
 
 def test_an_adalora_adapter_that_peft_has_pruned(bases: dict[str, Path], tmp_path: Path) -> None:
