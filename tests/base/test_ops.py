@@ -79,6 +79,39 @@ def test_gated(dtype: torch.dtype, activation: str) -> None:
     as_good_as_plain(ours, plain, [random(7, 24), random(7, 24)], [], dtype)
 
 
+@pytest.mark.parametrize("kind", ["causal", "all", "masked"])
+@pytest.mark.parametrize("groups", [8, 4, 1])
+@pytest.mark.parametrize("keys", [9, ops.SHORT + 3])
+def test_attention(keys: int, groups: int, kind: str) -> None:
+    """Both ways of it, chosen by the number of keys, against the formula written out."""
+    queries = keys if kind == "causal" else 5
+    visible = torch.rand(4, 1, queries, keys, generator=RNG) < 0.6 if kind == "masked" else None
+    if visible is not None:
+        visible[..., 0] = True
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.attention(q, k, v, 0.4, visible, kind == "causal")
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(8 // groups, dim=1) for x in (k, v))
+        scores = 0.4 * q @ k.mT
+        if visible is not None:
+            scores = scores.masked_fill(~visible, -torch.inf)
+        elif kind == "causal":
+            scores = scores.masked_fill(torch.ones(queries, keys, dtype=torch.bool).triu(1), -torch.inf)
+        return torch.softmax(scores, -1) @ v
+
+    given = [random(4, 8, queries, 16), random(4, groups, keys, 16), random(4, groups, keys, 16)]
+    weight = random(4, 8, queries, 16)
+    results = []
+    for f, kind_of in ((ours, torch.float32), (plain, torch.float64)):
+        leaves = [x.to(kind_of).requires_grad_() for x in given]
+        out = f(*leaves)
+        results.append([out.double(), *(g.double() for g in torch.autograd.grad(out, leaves, weight.to(kind_of)))])
+    for mine, exact in zip(*results, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-5)
+
+
 def part(segments: tuple[tuple[int, int, int], ...]) -> Part:
     owner_T = torch.cat([torch.full((stop - start,), n) for n, start, stop in segments])
     return Part(0, 0, len(owner_T), 0, 1, owner_T, owner_T, segments, (), ())

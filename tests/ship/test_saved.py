@@ -75,10 +75,14 @@ def test_what_peft_saved_answers_the_same_in_katei(
     base = bases[architecture]
     model = made_in_peft(PEFT_CONFIGS[name](), base, tmp_path / "adapter")
     theirs = row_by_row(model, base, TEXTS)
-    assert np.abs(theirs - row_by_row(plain_classifier(base), base, TEXTS)).max() > 0.02
+    effect = np.abs(theirs - row_by_row(plain_classifier(base), base, TEXTS)).max()
+    assert effect > 0.02
     exact = row_by_row(model.double(), base, TEXTS)
-    error, allowed = (np.abs(x - exact).max() for x in (katei_logits(tmp_path / "adapter", TEXTS, base), theirs))
-    assert error <= 2 * allowed + 1e-6, f"error {error:.1e}, peft's own {allowed:.1e}"
+    error, own = (np.abs(x - exact).max() for x in (katei_logits(tmp_path / "adapter", TEXTS, base), theirs))
+    # two draws of the same rounding noise, amplified by an adapter far from its start: their largest of 14 numbers
+    # may differ by a few times (2.2 was seen); an adapter read wrongly is off by about its whole effect
+    assert error <= 5 * own + 1e-6, f"error {error:.1e}, peft's own {own:.1e}"
+    assert error < 0.01 * effect
 
 
 def test_an_adalora_adapter_that_peft_has_pruned(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -148,8 +148,61 @@ class _Gated(Function):
         gate, up = ctx.saved_tensors
         g = grads[0]
         if ctx.activation == "silu":
-            to_gate = torch.ops.aten.silu_backward(g * up, gate)
+            to_gate = g * up
+            torch.ops.aten.silu_backward.grad_input(to_gate, gate, grad_input=to_gate)
         else:
             kind = "tanh" if ctx.activation == "gelu_pytorch_tanh" else "none"
             to_gate = torch.ops.aten.gelu_backward(g * up, gate, approximate=kind)
         return to_gate, _activate(gate, ctx.activation).mul_(g), None
+
+
+SHORT = 128
+"""Keys up to which `short_attention` is the faster one on a CPU: there torch's own works in blocks of that size."""
+
+
+def attention(
+    q_BHLK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, scaling: float, visible: Tensor | None, causal: bool
+) -> Tensor:
+    """softmax(scaling · q kᵀ) v over the keys that `visible` (broadcast to B, 1, L, keys) allows; without it causal, or all keys."""
+    rows, heads, _, _ = q_BHLK.shape
+    if one_dnn(q_BHLK) and k_BGLK.shape[2] <= SHORT and rows * heads >= 32:
+        if causal and visible is None:
+            visible = torch.ones(q_BHLK.shape[2], k_BGLK.shape[2], dtype=torch.bool).tril_()
+        return _ShortAttention.apply(q_BHLK, k_BGLK, v_BGLK, scaling, visible)  # type: ignore[no-any-return, no-untyped-call]
+    return F.scaled_dot_product_attention(
+        q_BHLK,
+        k_BGLK,
+        v_BGLK,
+        attn_mask=visible,
+        is_causal=causal and visible is None,
+        scale=scaling,
+        enable_gqa=heads != k_BGLK.shape[1],
+    )
+
+
+class _ShortAttention(Function):
+    """Many short rows: one batched product per step of the formula, the heads of a group side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scaling: float, visible: Tensor | None) -> Tensor:
+        rows, heads, queries, size = q.shape
+        groups, keys = k.shape[1], k.shape[2]
+        flat_q = q.reshape(rows * groups, -1, size)
+        flat_k, flat_v = k.reshape(-1, keys, size), v.reshape(-1, keys, size)
+        scores = torch.bmm(flat_q, flat_k.mT).mul_(scaling)
+        if visible is not None:
+            scores.view(rows, heads, queries, keys).masked_fill_(~visible, -torch.inf)
+        p = torch.softmax(scores, -1)
+        ctx.save_for_backward(flat_q, flat_k, flat_v, p)
+        ctx.scaling, ctx.shapes = scaling, (q.shape, k.shape)
+        return torch.bmm(p, flat_v).view(rows, heads, queries, size)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        q, k, v, p = ctx.saved_tensors
+        q_shape, k_shape = ctx.shapes
+        g = grads[0].reshape(q.shape)
+        to_v = torch.bmm(p.mT, g)
+        to_scores = torch.ops.aten._softmax_backward_data(torch.bmm(g, v.mT), p, -1, p.dtype).mul_(ctx.scaling)
+        to_q, to_k = torch.bmm(to_scores, k), torch.bmm(to_scores.mT, q)
+        return to_q.view(q_shape), to_k.view(k_shape), to_v.view(k_shape), None, None

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AttentionInterface
@@ -548,15 +547,7 @@ def _attention(
         scores = torch.tanh(q_BHLK @ k_BHLK.transpose(2, 3) * (call.scaling / call.softcap)) * call.softcap
         assert visible_BL is not None
         return torch.softmax(scores.float().masked_fill(~visible_BL, -torch.inf), -1).to(v_BHLK.dtype) @ v_BHLK
-    return F.scaled_dot_product_attention(
-        q_BHLK,
-        k_BGLK,
-        v_BGLK,
-        attn_mask=visible_BL,
-        is_causal=causal and visible_BL is None,
-        scale=call.scaling,
-        enable_gqa=groups > 1,
-    )
+    return ops.attention(q_BHLK, k_BGLK, v_BGLK, call.scaling, visible_BL, causal)
 
 
 def _attention_interface(
