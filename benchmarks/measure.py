@@ -107,14 +107,17 @@ def versions() -> str:
     return f"python {platform.python_version()} {packages}"
 
 
+TIMED = ("src", "recipes", "constraints.txt", "benchmarks", ":!benchmarks/results", ":!benchmarks/*.md")
+
+
 def commit() -> str:
-    """Short hash, with + where tracked files differ from it."""
+    """Short hash of the last commit that changed what is timed or what times it, with + where tracked files differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *TIMED)
+    return git("log", "-1", "--format=%h", "--", *TIMED) + ("+" if changed else "")
 
 
 def peak_bytes() -> int:
