@@ -177,9 +177,7 @@ class Stream:
 
     def unsort(self, x_B: Tensor) -> Tensor:
         """Rows back in the caller's order."""
-        inverse = torch.empty(len(self.order), dtype=torch.long)
-        inverse[list(self.order)] = torch.arange(len(self.order))
-        return x_B[inverse.to(x_B.device)]
+        return x_B[torch.tensor(_inverse(self.order)).to(x_B.device)]
 
 
 PADDING = 0.6
@@ -261,7 +259,8 @@ def build_stream(
             if shape.virtual_tokens:
                 virtual_adapters.setdefault(stack, []).extend([adapter] * (1 if trunk else len(mine)))
             owners.append((adapter, len(mine), len(ids) - began))
-        owner_of = torch.tensor([adapter for adapter, _, _ in owners])
+        adapter_B = torch.tensor([adapter for adapter, n, _ in owners for _ in range(n)]).to(device)
+        adapter_T = torch.tensor([adapter for adapter, _, n in owners for _ in range(n)]).to(device)
         parts.append(
             Part(
                 stack=stack,
@@ -269,8 +268,8 @@ def build_stream(
                 stop=len(ids),
                 first=members[0],
                 last=members[-1] + 1,
-                adapter_B=owner_of.repeat_interleave(torch.tensor([n for _, n, _ in owners])).to(device),
-                adapter_T=owner_of.repeat_interleave(torch.tensor([n for _, _, n in owners])).to(device),
+                adapter_B=adapter_B,
+                adapter_T=adapter_T,
                 segments=_segments([(adapter, n) for adapter, _, n in owners]),
                 lengths=tuple(row_segments[b].length for b in members),
                 noise=tuple(sorted_rows[b].noise for b in members),
@@ -281,7 +280,7 @@ def build_stream(
                 parts[-1],
                 start=members[0],
                 stop=members[-1] + 1,
-                adapter_T=parts[-1].adapter_B,
+                adapter_T=adapter_B,
                 segments=_segments([(adapter, n) for adapter, n, _ in owners]),
                 last_only=True,
                 memo={},
@@ -310,6 +309,11 @@ def build_stream(
         phases=tuple(phases),
         order=tuple(order),
     )
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    """Where each of 0, 1, 2 … stands in `order`."""
+    return sorted(range(len(order)), key=order.__getitem__)
 
 
 def _segments(counts: Sequence[tuple[int, int]]) -> Segments:
@@ -353,7 +357,7 @@ def _phase(
         return owner, segment.trunk.length if segment.trunk else 0, int(segment.row is None)
 
     buckets: list[Bucket] = []
-    place = torch.empty(tokens, dtype=torch.long)
+    place = [0] * tokens
     row_order: list[int] = []
     offset = 0
     for (owner, trunk, _), alike in groupby(sorted(segments, key=lambda s: (*group(s), -s.length, s.start)), key=group):
@@ -364,7 +368,8 @@ def _phase(
             members = [s for s in members if s.length < PADDING * longest]
             bucket = _bucket(inside, longest, trunk, None if owner < 0 else owner, parts, stacks, device)
             for i, s in enumerate(inside):
-                place[s.start : s.stop] = torch.arange(s.length) + offset + i * longest
+                first = offset + i * longest
+                place[s.start : s.stop] = range(first, first + s.length)
             buckets.append(bucket)
             row_order.extend(s.row for s in inside if s.row is not None)
             offset += len(inside) * longest
@@ -377,9 +382,9 @@ def _phase(
         rows,
         joining,
         tuple(buckets),
-        None if whole else place.to(device),
+        None if whole else torch.tensor(place).to(device),
         pooled,
-        None if in_order else torch.argsort(torch.tensor(row_order)).to(device),
+        None if in_order else torch.tensor(_inverse(row_order)).to(device),
     )
 
 
@@ -394,14 +399,13 @@ def _bucket(
 ) -> Bucket:
     ends_meet = all(a.stop == b.start for a, b in pairwise(inside))
     rectangle = ends_meet and all(s.length == longest for s in inside)
-    gather = torch.zeros(len(inside), longest, dtype=torch.long)
-    keys = torch.zeros(len(inside), trunk + longest, dtype=torch.long)
-    for i, s in enumerate(inside):
-        gather[i] = s.start  # padding repeats the row's own first token; causality hides it, nothing reads it
-        gather[i, : s.length] = torch.arange(s.start, s.stop)
-        if s.trunk:
-            keys[i, :trunk] = torch.arange(s.trunk.start, s.trunk.stop)
-    keys[:, trunk:] = gather
+    gather: list[int] = []
+    keys: list[int] = []
+    for s in inside:
+        # padding repeats the row's own first token; causality hides it, nothing reads it
+        own = [*range(s.start, s.stop), *[s.start] * (longest - s.length)]
+        gather += own
+        keys += [*range(s.trunk.start, s.trunk.stop), *own] if s.trunk else own
     adapter_B = None
     if owner is not None:
         part = parts[owner]
@@ -411,12 +415,12 @@ def _bucket(
         part=owner,
         rows=len(inside),
         longest=longest,
-        gather_T=None if rectangle else gather.flatten().to(device),
+        gather_T=None if rectangle else torch.tensor(gather).to(device),
         start=inside[0].start,
         adapter_B=adapter_B,
         prefix_tokens=0 if owner is None else stacks[parts[owner].stack].prefix_tokens,
         trunk=trunk,
-        keys_T=keys.flatten().to(device) if trunk else None,
+        keys_T=torch.tensor(keys).to(device) if trunk else None,
         pooled_B=torch.tensor(rows).to(device) if rows else None,
         own_lengths=tuple(s.length for s in inside),
     )

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from katei.base.host import values
 from katei.base.packed import Base, place_number
 from katei.base.stream import PackedRow, passes
 from katei.core import metrics
@@ -179,9 +180,18 @@ class Lockstep:
                 watch(self, ended)
 
     def tick(self) -> list[TrialState]:
-        """One optimizer step of every active trial; returns those that ended an epoch with it."""
+        """One optimizer step of every active trial, and the evaluation of those that ended an epoch with it; returns these."""
+        ended = self.step()
+        if ended:
+            started = time.perf_counter()
+            self._end_epoch(ended)
+            self.seconds["evaluate"] += time.perf_counter() - started
+        return ended
+
+    def step(self) -> list[TrialState]:
+        """One optimizer step of every active trial; returns those whose epoch is over."""
         started = time.perf_counter()
-        self._fill_cache()
+        self.fill_cache()
         active = [state for state in self.states if state.finished is None]
         batches = [state.batch() for state in active]
         self._gradients(active, batches)
@@ -193,14 +203,10 @@ class Lockstep:
             self.stacks[state.stack].after_step(state.n, state.step)
             self.trained_rows += len(batch)
         self.seconds["train"] += time.perf_counter() - started
-        ended = [s for s in active if s.finished is None and s.step % s.trial.steps_per_epoch == 0]
-        if ended:
-            started = time.perf_counter()
-            self._end_epoch(ended)
-            self.seconds["evaluate"] += time.perf_counter() - started
-        return ended
+        return [s for s in active if s.finished is None and s.step % s.trial.steps_per_epoch == 0]
 
-    def _fill_cache(self) -> None:
+    def fill_cache(self) -> None:
+        """Compute what the rows bring to the layers where they join, once."""
         if not self.cache_filled:
             self.cache.fill([*self.train.ids, *(self.valid.ids if self.valid else ())])
             self.cache_filled = True
@@ -229,7 +235,7 @@ class Lockstep:
                 item.state.nats += value
         if scale != 1.0:
             for s, stack in enumerate(self.stacks):
-                if not bool(torch.isfinite(stack.grad_NM).all()):
+                if not values(torch.isfinite(stack.grad_NM).all(), healthy=True):
                     self._one_by_one(s, work, scale)
                 stack.grad_NM.div_(scale)
         for s, stack in enumerate(self.stacks):
@@ -250,7 +256,7 @@ class Lockstep:
         """
         if not losses:
             return []
-        finite = torch.isfinite(torch.cat([nats_B for nats_B, _ in losses])).tolist()
+        finite = values(torch.isfinite(torch.cat([nats_B for nats_B, _ in losses])), healthy=True).tolist()
         items = [item for _, inside in losses for item in inside]
         return list({id(i.state): i.state for i, good in zip(items, finite, strict=True) if not good}.values())
 
@@ -266,7 +272,7 @@ class Lockstep:
             for own_scale in (scale, 1.0):
                 stack.zero_grad_()
                 self._passes(mine, own_scale)
-                if bool(torch.isfinite(stack.grad_NM[n]).all()):
+                if values(torch.isfinite(stack.grad_NM[n]).all(), healthy=True):
                     break
             grad_NM[n] = stack.grad_NM[n] * (scale / own_scale)
         stack.grad_NM.copy_(grad_NM)
@@ -323,7 +329,7 @@ class Lockstep:
     def probabilities(self, jobs: Sequence[tuple[TrialState, Tokens]]) -> list[NDArray[np.float64]]:
         """Class probabilities of each job's rows, (rows, C), in the job's order: trials side by side in shared passes."""
         rows = [(state.stack, state.n, ids) for state, tokens in jobs for ids in tokens.ids]
-        self._fill_cache()  # first, also after a restart: what a row shares a pass with decides its last bits
+        self.fill_cache()  # first, also after a restart: what a row shares a pass with decides its last bits
         for _, tokens in jobs:
             self.cache.fill(tokens.ids)
         scores = score_rows(
@@ -358,7 +364,7 @@ def score_rows(
         with torch.no_grad(), base.running(stream, stacks):
             pooled_BD = base.pooled(stream, stacks, joining=joining)
             scores_BC = torch.cat([stacks[p.stack].scores(pooled_BD[p.first : p.last], p) for p in stream.parts])
-        result[chosen] = torch.softmax(stream.unsort(scores_BC).double(), 1).cpu().numpy()
+        result[chosen] = values(torch.softmax(stream.unsort(scores_BC).double(), 1), healthy=0.5)
     return result
 
 

@@ -1,0 +1,161 @@
+"""What a device has: a consumer card by its name, "8GB", this machine, or its CPU.
+
+Capacities are what the card's driver shows (`nvidia-smi`, MiB), not the number on the box; of them the driver and the display
+keep a little, and a CUDA context of torch takes `CONTEXT_BYTES` before the first tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from katei.core.errors import BaseError, nearest
+
+MIB, GIB = 1 << 20, 1 << 30
+
+CONTEXT_BYTES = 450 * MIB
+"""A CUDA context with torch's kernels (300 to 500 MiB by card and driver: PyTorch's forum and issue 12873; not measured by us)."""
+WORKSPACE_BYTES = 8 * MIB + 128 * 1024
+"""cuBLAS' workspace in the caching allocator: CUBLAS_WORKSPACE_CONFIG :4096:2:16:8, torch's default before Hopper."""
+HOPPER_WORKSPACE_BYTES = 32 * MIB
+
+
+@dataclass(frozen=True)
+class Device:
+    """`capacity_bytes` is all it has; what a run may take is `usable_bytes`."""
+
+    name: str
+    kind: str
+    """cuda, mps or cpu."""
+    capacity_bytes: int
+    usable_bytes: int
+    context_bytes: int = 0
+    workspace_bytes: int = 0
+    bf16: bool = True
+    """Its cores multiply bf16 (from Ampere on); without, fp16 with a loss scale is the half precision to take."""
+
+
+_CARDS: dict[str, tuple[int, float]] = {
+    # name: (MiB that nvidia-smi shows, compute capability)
+    "gtx1060": (6144, 6.1),
+    "gtx1070": (8192, 6.1),
+    "gtx1080": (8192, 6.1),
+    "gtx1080ti": (11264, 6.1),
+    "gtx1650": (4096, 7.5),
+    "gtx1660": (6144, 7.5),
+    "gtx1660ti": (6144, 7.5),
+    "gtx1660super": (6144, 7.5),
+    "rtx2060": (6144, 7.5),
+    "rtx2060super": (8192, 7.5),
+    "rtx2060-12gb": (12288, 7.5),
+    "rtx2070": (8192, 7.5),
+    "rtx2070super": (8192, 7.5),
+    "rtx2080": (8192, 7.5),
+    "rtx2080super": (8192, 7.5),
+    "rtx2080ti": (11264, 7.5),
+    "rtx3050": (8192, 8.6),
+    "rtx3060": (12288, 8.6),
+    "rtx3060ti": (8192, 8.6),
+    "rtx3070": (8192, 8.6),
+    "rtx3070ti": (8192, 8.6),
+    "rtx3080": (10240, 8.6),
+    "rtx3080-12gb": (12288, 8.6),
+    "rtx3080ti": (12288, 8.6),
+    "rtx3090": (24576, 8.6),
+    "rtx3090ti": (24564, 8.6),
+    "rtx4050laptop": (6141, 8.9),
+    "rtx4060": (8188, 8.9),
+    "rtx4060ti": (8188, 8.9),
+    "rtx4060ti-16gb": (16380, 8.9),
+    "rtx4070": (12282, 8.9),
+    "rtx4070super": (12282, 8.9),
+    "rtx4070ti": (12282, 8.9),
+    "rtx4070tisuper": (16376, 8.9),
+    "rtx4080": (16376, 8.9),
+    "rtx4080super": (16376, 8.9),
+    "rtx4090": (24564, 8.9),
+    "rtx5060": (8151, 12.0),
+    "rtx5060ti": (8151, 12.0),
+    "rtx5060ti-16gb": (16311, 12.0),
+    "rtx5070": (12227, 12.0),
+    "rtx5070ti": (16303, 12.0),
+    "rtx5080": (16303, 12.0),
+    "rtx5090": (32607, 12.0),
+    "t4": (15360, 7.5),
+    "v100": (16384, 7.0),
+    "p100": (16384, 6.0),
+    "l4": (23034, 8.9),
+    "a10": (23028, 8.6),
+    "a100": (40960, 8.0),
+    "a100-80gb": (81920, 8.0),
+    "h100": (81559, 9.0),
+}
+RESERVED_SHARE = 0.04
+"""Of a card's memory that a desktop's display, browser and driver hold. On a card without a screen it is spare room."""
+
+
+def cards() -> list[str]:
+    return list(_CARDS)
+
+
+def find_device(name: str) -> Device:
+    """A card's name in any spelling, a size such as "8GB", "cpu", or "auto": the best that this machine has. Raises BaseError."""
+    key = re.sub(r"[\s_]|nvidia|geforce", "", name.lower())
+    if key == "auto":
+        return _this_machine()
+    if key == "cpu":
+        return _cpu()
+    if size := re.fullmatch(r"(\d+(?:\.\d+)?)(gb|gib|g|mb|mib)", key):
+        unit = MIB if size[2].startswith("m") else GIB
+        return _cuda(f"a {name} GPU", int(float(size[1]) * unit), 8.0)
+    short = key.replace("-", "")
+    for known, (mib, capability) in _CARDS.items():
+        if short in (known.replace("-", ""), known.replace("-", "").removeprefix("rtx").removeprefix("gtx")):
+            return _cuda(known, mib * MIB, capability)
+    raise BaseError(f"no device '{name}' is known", hint=f"{nearest(key, [*_CARDS, 'auto', 'cpu'])}; or its memory: 8GB")
+
+
+def _cuda(name: str, capacity: int, capability: float) -> Device:
+    return Device(
+        name=name,
+        kind="cuda",
+        capacity_bytes=capacity,
+        usable_bytes=int(capacity * (1 - RESERVED_SHARE)),
+        context_bytes=CONTEXT_BYTES,
+        workspace_bytes=HOPPER_WORKSPACE_BYTES if capability >= 9 else WORKSPACE_BYTES,
+        bf16=capability >= 8.0,
+    )
+
+
+def _this_machine() -> Device:
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        free, _ = torch.cuda.mem_get_info(0)
+        capability = properties.major + properties.minor / 10
+        found = _cuda(properties.name, properties.total_memory, capability)
+        # what is free is measured behind our own context
+        return Device(**{**found.__dict__, "usable_bytes": free, "context_bytes": 0})
+    return _cpu()
+
+
+def _cpu() -> Device:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    limit = min(memory.total, _cgroup_limit() or memory.total)
+    return Device("cpu", "cpu", limit, min(memory.available, limit))
+
+
+def _cgroup_limit() -> int | None:
+    """A container's own limit, where there is one."""
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(file, encoding="ascii") as text:
+                value = text.read().strip()
+        except OSError:
+            continue
+        if value.isdigit():
+            return int(value)
+    return None

@@ -1,0 +1,120 @@
+"""Follows every tensor's storage through a run, real or fake: when it is born and gone, and whose it is.
+
+    with Meter() as meter:                live, peak           bytes now, at most
+        …                                 at_peak              bytes by owner when there were most
+                                          events               (serial, bytes) of each birth, (serial, -1) of each end, in order
+
+Whose a storage is, is read off the call stack when it is born: what `Base.attend` makes is attention's, what `AdamW.step_` makes
+the optimizer's, and so on; so the engine knows nothing of the meter.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from katei.base.packed import Base
+from katei.engine.cache import ActivationCache
+from katei.engine.lockstep import Lockstep, score_rows
+from katei.engine.optimizer import AdamW
+from katei.methods.contract import Stack
+
+WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS = "frozen weights", "adapters and heads", "gradients", "moments"
+ATTENTION, SCORES, BACKWARD, OPTIMIZER = "attention", "scores and loss", "backward", "optimizer's temporaries"
+LAYERS, CACHE, STREAM = "activations", "activation cache", "stream"
+
+_BORN_IN: dict[CodeType, str] = {
+    Base.attend.__code__: ATTENTION,
+    Base._run_layers.__code__: LAYERS,
+    Base.embed.__code__: LAYERS,
+    Base.stream.__code__: STREAM,
+    AdamW.step_.__code__: OPTIMIZER,
+    AdamW.__init__.__code__: MOMENTS,
+    ActivationCache.fill.__code__: CACHE,
+    ActivationCache.joining.__code__: CACHE,
+    Stack.__init__.__code__: ADAPTERS,
+    Lockstep._backward.__code__: SCORES,
+    score_rows.__code__: SCORES,
+}
+"""The innermost of these on the stack decides."""
+
+
+class Meter(TorchDispatchMode):
+    """Storages that were there before are met as `WEIGHTS` if they are `claim`ed so, else not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.events: list[tuple[int, int]] = []
+        self.by_owner: Counter[str] = Counter()
+        self.at_peak: Counter[str] = Counter()
+        self.peak_event = 0
+        """Place in `events` of the birth that made the peak."""
+        self._known: dict[int, tuple[int, int, str]] = {}
+        """Serial, bytes and owner by the storage's address."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._meet(tensor, None)
+        return result
+
+    def claim(self, tensors: Iterable[Tensor], owner: str) -> None:
+        """These are `owner`'s, whoever made them."""
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            if key in self._known:
+                serial, size, before = self._known[key]
+                self.by_owner[before] -= size
+                self.by_owner[owner] += size
+                self._known[key] = (serial, size, owner)
+            else:
+                self._meet(tensor, owner)
+
+    def forget_peak(self) -> None:
+        """Count the peak from here on."""
+        self.peak, self.at_peak, self.peak_event = self.live, self.by_owner.copy(), len(self.events)
+
+    def _meet(self, tensor: Tensor, owner: str | None) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        serial = len(self.events)
+        owner = owner or _owner()
+        self._known[key] = (serial, size, owner)
+        self.events.append((serial, size))
+        self.live += size
+        self.by_owner[owner] += size
+        if self.live > self.peak:
+            self.peak, self.peak_event, self.at_peak = self.live, serial, self.by_owner.copy()
+        weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        serial, size, owner = self._known.pop(key)
+        self.events.append((serial, -1))
+        self.live -= size
+        self.by_owner[owner] -= size
+
+
+def _owner() -> str:
+    if torch._C._current_graph_task_id() != -1:
+        return BACKWARD
+    frame = sys._getframe(3)
+    while frame is not None:
+        found = _BORN_IN.get(frame.f_code)
+        if found is not None:
+            return found
+        frame = frame.f_back  # type: ignore[assignment]
+    return STREAM
