@@ -13,11 +13,13 @@ from katei.core.errors import BaseError, nearest
 
 MIB, GIB = 1 << 20, 1 << 30
 
-CONTEXT_BYTES = 450 * MIB
-"""A CUDA context with torch's kernels (300 to 500 MiB by card and driver: PyTorch's forum and issue 12873; not measured by us)."""
+CONTEXT_BYTES = 430 * MIB
+"""A CUDA context with lazily loaded kernels: 426 MiB on an RTX 6000 Ada (unslothai/unsloth-zoo pull 1053), about 400 MiB
+(pytorch/pytorch issue 109888), 274 MiB with a single kernel (pull 86509). Not measured by us."""
 WORKSPACE_BYTES = 8 * MIB + 128 * 1024
-"""cuBLAS' workspace in the caching allocator: CUBLAS_WORKSPACE_CONFIG :4096:2:16:8, torch's default before Hopper."""
+"""cuBLAS' workspace, in the caching allocator: 8,519,680 bytes (":4096:2:16:8", torch's default before Hopper)."""
 HOPPER_WORKSPACE_BYTES = 32 * MIB
+"""From compute capability 9.0 on (pytorch/pytorch pull 120925 and NVIDIA's advice for cublasSetWorkspace)."""
 
 
 @dataclass(frozen=True)
