@@ -1,31 +1,42 @@
 """What fits, before anything is loaded: one answer per method, from the engine's own step.
 
-    shape of the base, rows (or a number of tokens), method  →  fake run  →  live bytes by owner, where the peak falls
+    shape of the base, rows (or a number of tokens), method  →  fake run  →  live bytes by owner, and where the peak falls
     live bytes in their order  →  the device's allocator (CUDA) or the process (CPU)  →  fits, and how much more would
+
+`Planner.plan` answers for the run as asked. How much longer, wider or more would fit is searched on the same layers, fewer of them
+(a base's layers are alike, so bytes are linear in their number), and what is found is run once more in full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from transformers import PreTrainedConfig
 
 from katei.engine.lockstep import Tokens, Trial
-from katei.engine.optimizer import Training
-from katei.methods.contract import Method
+from katei.methods.full import Full
+from katei.methods.llama_adapter import LLaMAAdapter
 from katei.plan.allocator import CachingAllocator
 from katei.plan.devices import Device
 from katei.plan.fake import Trace, fake_base, trace_study
+from katei.plan.meter import WEIGHTS
+from katei.plan.process import process_bytes
+
+
+Shape = Callable[[int], tuple[int, int]]
+"""(rows, tokens of each) of the n-th try."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One method's run on one device."""
+    """One run on one device."""
 
     method: str
     precision: str
+    checkpointing: bool
     trainable: int
     total: int
     live_peak_bytes: int
@@ -38,51 +49,144 @@ class Plan:
     """The peak's place: train or evaluate."""
     fits: bool
     max_tokens: int
-    """The longest text that fits, one row in a pass."""
+    """The longest text that fits, alone in its pass."""
     max_batch_size: int
     """Rows of the planned length in one pass."""
     max_trials: int
-    """Trials in lockstep, each pass no larger than planned."""
-    seconds_per_epoch: float | None
+    """Trials in lockstep, no pass larger than planned."""
+    seconds_per_epoch: float | None = None
+
+    @property
+    def other_bytes(self) -> int:
+        """Beside the live tensors: what the device's allocator, context or process add."""
+        return self.device_bytes - self.live_peak_bytes
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is asked: trials of one method (or several) on these rows."""
+
+    trials: tuple[Trial, ...]
+    classes: int
+    train: Tokens
+    valid: Tokens | None
+    token_budget: int = 1024
+    checkpointing: bool = False
+
+    def with_rows(self, rows: int, tokens: int, vocabulary: int) -> Run:
+        """One trial of the first method with one batch of `rows` rows of `tokens` tokens, all in one pass."""
+        first = self.trials[0]
+        training = replace(first.training, batch_size=rows, accumulation=1, epochs=1)
+        trial = replace(first, training=training, rows=tuple(range(rows)))
+        train = synthetic(tokens, rows, vocabulary, self.classes)
+        return replace(self, trials=(trial,), train=train, valid=None, token_budget=10**9)
+
+
+@dataclass
+class Planner:
+    """Plans runs over one base's shape."""
+
+    config: PreTrainedConfig
+    precision: str
+    device: Device
+    resident_bytes: int = 0
+    """Of this process before the base is loaded (CPU)."""
+    traces: dict[tuple[int, Run], Trace] = field(default_factory=dict)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        return int(self.config.vocab_size)
+
+    def plan(self, run: Run) -> Plan:
+        trace = self.trace(run)
+        need = self.need(trace)
+        longest = max(len(ids) for ids in run.train.ids)
+        per_trial = sum(4 * 4 * self.numbers(trial, trace) for trial in run.trials) // len(run.trials)
+        room = self.device.usable_bytes - need
+        return Plan(
+            method=run.trials[0].method.name,
+            precision=self.precision,
+            checkpointing=run.checkpointing,
+            trainable=trace.trainable,
+            total=trace.total,
+            live_peak_bytes=trace.live_peak_bytes,
+            device_bytes=need,
+            parts=trace.parts,
+            where=trace.where,
+            fits=room >= 0,
+            max_tokens=self.most(run, lambda n: (1, n)),
+            max_batch_size=self.most(run, lambda n: (n, longest)),
+            max_trials=max(0, len(run.trials) + room // max(1, per_trial)) if room >= 0 else 0,
+        )
+
+    def need(self, trace: Trace) -> int:
+        """What the device must have."""
+        if self.device.kind == "cuda":
+            allocator = CachingAllocator()
+            for serial, size in trace.events:
+                if size < 0:
+                    allocator.free(serial)
+                else:
+                    allocator.allocate(serial, size)
+            return allocator.reserved_peak + self.device.context_bytes + self.device.workspace_bytes
+        return process_bytes(self.resident_bytes, trace.parts.get(WEIGHTS, 0), trace.live_peak_bytes)
+
+    def trace(self, run: Run, layers: int | None = None) -> Trace:
+        """The run's trace, with the base's first `layers` layers only."""
+        depth = layers or int(self.config.num_hidden_layers)
+        if (depth, run) not in self.traces:
+            with fake_base(_with_layers(self.config, depth), self.precision, cuda=self.device.kind == "cuda") as base:
+                self.traces[depth, run] = trace_study(
+                    base,
+                    run.trials,
+                    run.classes,
+                    run.train,
+                    run.valid,
+                    token_budget=run.token_budget,
+                    checkpointing=run.checkpointing,
+                )
+        return self.traces[depth, run]
+
+    @staticmethod
+    def numbers(trial: Trial, trace: Trace) -> int:
+        return trace.trainable
+
+    def most(self, run: Run, shape: Shape) -> int:
+        """The largest n whose `shape(n)` = (rows, tokens) in one pass fits; 0 if 1 does not."""
+        low, high = 0, 1
+        while high < 2**24 and self._estimate(run, shape(high)) <= self.device.usable_bytes:
+            low, high = high, high * 4
+        while high - low > max(1, low // 100):
+            middle = (low + high) // 2
+            if self._estimate(run, shape(middle)) <= self.device.usable_bytes:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _estimate(self, run: Run, shape: tuple[int, int]) -> int:
+        """`need` of one pass, from two shallow traces: bytes are linear in the number of layers."""
+        one = run.with_rows(*shape, self.vocabulary)
+        depth = int(self.config.num_hidden_layers)
+        method = run.trials[0].method
+        shallow = (method.layers + 1 if isinstance(method, LLaMAAdapter) else 2) if not isinstance(method, Full) else 2
+        if shallow + 1 >= depth:
+            return self.need(self.trace(one))
+        less, more = (self.need(self.trace(one, layers)) for layers in (shallow, shallow + 1))
+        return less + (depth - shallow) * (more - less)
+
+
+def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    if layers == config.num_hidden_layers:
+        return config
+    shallow = copy.deepcopy(config)
+    shallow.num_hidden_layers = layers
+    if getattr(shallow, "layer_types", None):
+        shallow.layer_types = shallow.layer_types[-layers:]
+    return shallow
 
 
 def synthetic(tokens: int, rows: int, vocabulary: int, classes: int) -> Tokens:
     """Rows of `tokens` tokens that have no beginning in common."""
     ids = tuple(tuple((17 * row + 31 * place + 1) % vocabulary for place in range(tokens)) for row in range(rows))
     return Tokens(ids, tuple(row % classes for row in range(rows)))
-
-
-def same_method(method: Method, training: Training, trials: int, rows: int) -> tuple[Trial, ...]:
-    """`trials` trials of one method, of different seeds."""
-    return tuple(Trial(f"{method.name}-{seed}", method, seed, training, tuple(range(rows))) for seed in range(trials))
-
-
-def device_bytes(trace: Trace, device: Device) -> int:
-    """What `device` must have for this run."""
-    allocator = CachingAllocator()
-    for serial, size in trace.events:
-        if size < 0:
-            allocator.free(serial)
-        else:
-            allocator.allocate(serial, size)
-    return allocator.reserved_peak + device.context_bytes + device.workspace_bytes
-
-
-def trace_method(
-    config: PreTrainedConfig,
-    trials: Sequence[Trial],
-    classes: int,
-    train: Tokens,
-    valid: Tokens | None,
-    *,
-    precision: str,
-    token_budget: int,
-    checkpointing: bool,
-) -> Trace:
-    with fake_base(config, precision) as base:
-        return trace_study(
-            base, trials, classes, train, valid, token_budget=token_budget, checkpointing=checkpointing
-        )
-
-
-_ = (replace, Any)
