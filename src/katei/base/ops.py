@@ -14,6 +14,9 @@ Dimensions: T tokens · I inputs · O outputs · D width · H heads · K head si
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,9 +31,27 @@ ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 ONE_DNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
+_planned_kind: ContextVar[str | None] = ContextVar("planned_kind", default=None)
+
+
+@contextmanager
+def planned(kind: str) -> Iterator[None]:
+    """Inside, tensors are taken for ones on a device of this kind (`katei.plan` runs shapes of one device on another)."""
+    before = _planned_kind.set(kind)
+    try:
+        yield
+    finally:
+        _planned_kind.reset(before)
+
+
+def device_kind(x: Tensor) -> str:
+    """cpu, cuda or mps: what a choice between kernels goes by."""
+    return _planned_kind.get() or x.device.type
+
+
 def one_dnn(x: Tensor) -> bool:
     """Products of `x` go through oneDNN: decided by device and type alone, so that a machine always takes the same path."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and ONE_DNN
+    return device_kind(x) == "cpu" and x.dtype == torch.float32 and ONE_DNN
 
 
 def product(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -169,6 +190,11 @@ def attention(
         if causal and visible is None:
             visible = torch.ones(q_BHLK.shape[2], k_BGLK.shape[2], dtype=torch.bool).tril_()
         return _ShortAttention.apply(q_BHLK, k_BGLK, v_BGLK, scaling, visible)  # type: ignore[no-any-return, no-untyped-call]
+    groups = heads // k_BGLK.shape[1]
+    if groups > 1 and device_kind(q_BHLK) == "cuda":
+        # there grouped heads in float32, or with a mask, would go the way that keeps every score; its memory-efficient kernel
+        # takes equal numbers of heads alone
+        k_BGLK, v_BGLK = (x.repeat_interleave(groups, 1) for x in (k_BGLK, v_BGLK))
     return F.scaled_dot_product_attention(
         q_BHLK,
         k_BGLK,

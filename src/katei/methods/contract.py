@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from katei.base.host import shapes_only
 from katei.base.packed import Base
 from katei.base.stream import Part
 from katei.core.errors import AdapterError
@@ -120,7 +121,7 @@ class Stack(ABC):
         for name, spec in named.items():
             stop = start + spec.numbers
             leaf = torch.unflatten(self.theta_NM[:, start:stop], 1, spec.shape).detach()
-            for n, seed in enumerate(seeds):
+            for n, seed in enumerate(seeds if not shapes_only(leaf) else ()):
                 leaf[n] = spec.init(generator(seed, name)).to(leaf)
             leaf.requires_grad_()
             leaf.grad = torch.unflatten(self.grad_NM[:, start:stop], 1, spec.shape)

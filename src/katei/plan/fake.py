@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AutoModel, PreTrainedConfig
 
+from katei.base import ops
 from katei.base.device import pick_dtype
 from katei.base.packed import Base
 from katei.base.quiet import quiet
@@ -44,9 +45,13 @@ class Trace:
 
 
 @contextmanager
-def fake_base(config: PreTrainedConfig, precision: str) -> Iterator[Base]:
-    """A base of this shape without numbers; everything done with it happens inside."""
-    with FakeTensorMode(allow_non_fake_inputs=True), quiet():
+def fake_base(config: PreTrainedConfig, precision: str, *, cuda: bool = False) -> Iterator[Base]:
+    """A base of this shape without numbers; everything done with it happens inside.
+
+    A CPU build of torch has no fake CUDA tensors, so with `cuda` the tensors are the CPU's and the engine takes the way it takes
+    on CUDA (`ops.planned_kind`).
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), quiet(), ops.planned("cuda" if cuda else "cpu"):
         model = AutoModel.from_config(config, dtype=pick_dtype(precision)).eval().requires_grad_(False)
         yield Base(model)
 

@@ -17,12 +17,11 @@ from functools import cached_property
 from transformers import PreTrainedConfig
 
 from katei.engine.lockstep import Tokens, Trial
-from katei.methods.full import Full
 from katei.methods.llama_adapter import LLaMAAdapter
 from katei.plan.allocator import CachingAllocator
 from katei.plan.devices import Device
 from katei.plan.fake import Trace, fake_base, trace_study
-from katei.plan.meter import WEIGHTS
+from katei.plan.meter import ADAPTERS, GRADIENTS, MOMENTS, WEIGHTS
 from katei.plan.process import process_bytes
 
 
@@ -101,7 +100,8 @@ class Planner:
         trace = self.trace(run)
         need = self.need(trace)
         longest = max(len(ids) for ids in run.train.ids)
-        per_trial = sum(4 * 4 * self.numbers(trial, trace) for trial in run.trials) // len(run.trials)
+        own = sum(trace.parts.get(part, 0) for part in (ADAPTERS, GRADIENTS, MOMENTS))
+        per_trial = max(1, own // len(run.trials))
         room = self.device.usable_bytes - need
         return Plan(
             method=run.trials[0].method.name,
@@ -116,7 +116,7 @@ class Planner:
             fits=room >= 0,
             max_tokens=self.most(run, lambda n: (1, n)),
             max_batch_size=self.most(run, lambda n: (n, longest)),
-            max_trials=max(0, len(run.trials) + room // max(1, per_trial)) if room >= 0 else 0,
+            max_trials=max(0, len(run.trials) + room // per_trial) if room >= 0 else 0,
         )
 
     def need(self, trace: Trace) -> int:
@@ -147,10 +147,6 @@ class Planner:
                 )
         return self.traces[depth, run]
 
-    @staticmethod
-    def numbers(trial: Trial, trace: Trace) -> int:
-        return trace.trainable
-
     def most(self, run: Run, shape: Shape) -> int:
         """The largest n whose `shape(n)` = (rows, tokens) in one pass fits; 0 if 1 does not."""
         low, high = 0, 1
@@ -169,7 +165,7 @@ class Planner:
         one = run.with_rows(*shape, self.vocabulary)
         depth = int(self.config.num_hidden_layers)
         method = run.trials[0].method
-        shallow = (method.layers + 1 if isinstance(method, LLaMAAdapter) else 2) if not isinstance(method, Full) else 2
+        shallow = method.layers + 1 if isinstance(method, LLaMAAdapter) else 2
         if shallow + 1 >= depth:
             return self.need(self.trace(one))
         less, more = (self.need(self.trace(one, layers)) for layers in (shallow, shallow + 1))
