@@ -106,6 +106,51 @@ def demo(
     return compare(out=out, model=model, recipe="demo", watcher=watcher, overwrite=overwrite, **flags)
 
 
+def plan(
+    data: PathLike | None = None,
+    *,
+    model: str | None = None,
+    methods: Sequence[str] | None = None,
+    device: str = "auto",
+    precisions: Sequence[str] = ("fp32",),
+    tokens: int | None = None,
+    classes: int = 2,
+    checkpointing: bool = False,
+    recipe: PathLike | None = None,
+    seeds: Sequence[int] | int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = _silent,
+    **flags: Any,
+) -> dict[str, Any]:
+    """What fits on `device`, method by method, without loading or training anything; see `katei.plan`.
+
+    Rows are those of `data`, or `tokens` tokens each. `device` is a card's name, a size ("8GB"), "cpu" or "auto". Flags and recipe are
+    those of `compare`.
+    """
+    from katei.plan.study import plan_methods
+    from katei.study.recipe import load_recipe
+
+    if data is None and tokens is None and recipe is None:
+        tokens = 200
+    overrides = {
+        **flags,
+        "data": str(data) if data is not None else (None if recipe is not None else "poems"),
+        "model": model,
+        "methods": None if methods is None else list(methods),
+        "seeds": list(range(seeds)) if isinstance(seeds, int) else None if seeds is None else list(seeds),
+    }
+    resolved = load_recipe(_recipe_path(recipe), overrides, method_overrides=settings)
+    return plan_methods(
+        resolved,
+        device,
+        precisions=precisions,
+        tokens=tokens,
+        classes=classes,
+        checkpointing=checkpointing,
+        say=say,
+    )
+
+
 def evaluate(
     run: PathLike,
     data: PathLike,

@@ -244,6 +244,54 @@ def compare(
 
 
 @app.command()
+def plan(
+    data: Annotated[str | None, typer.Argument(help=f"{DATA_HELP} Or none, with --tokens.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help=f"Comma-separated: {METHOD_HELP}; all means the book's six [all].")
+    ] = None,
+    model: BaseModel = None,
+    device: Annotated[str, typer.Option(help="A card (rtx2070, rtx4060ti-16gb …), a size (8GB), cpu or auto.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Comma-separated: fp32, bf16, fp16, nf4.")] = "fp32",
+    tokens: Annotated[int | None, typer.Option(help="Tokens of the longest text, instead of DATA [200].")] = None,
+    classes: Annotated[int, typer.Option(help="With --tokens: how many classes.")] = 2,
+    checkpointing: Annotated[bool, typer.Option(help="Recompute each layer in backward instead of keeping it.")] = False,
+    recipe: RecipeFile = None,
+    settings: Settings = None,
+    seeds: Annotated[int | None, typer.Option(help="Trials of each method in lockstep [1].")] = None,
+    text: TextColumn = None,
+    label: LabelColumn = None,
+    batch_size: BatchSize = None,
+    max_length: MaxLength = None,
+    token_budget: TokenBudget = None,
+    as_json: Json = False,
+) -> None:
+    """Does it fit? Memory by method and part, the largest batch and length, and the time, before anything is trained."""
+    from katei import api
+    from katei.printing import print_plans
+
+    result = api.plan(
+        data,
+        model=model,
+        methods=None if method is None else [name.strip() for name in method.split(",")],
+        device=device,
+        precisions=[name.strip() for name in precision.split(",")],
+        tokens=tokens,
+        classes=classes,
+        checkpointing=checkpointing,
+        recipe=recipe,
+        settings=_settings(settings),
+        seeds=seeds,
+        text=text,
+        label=label,
+        batch_size=batch_size,
+        max_length=max_length,
+        token_budget=token_budget,
+        say=_say,
+    )
+    _finish(result, as_json, lambda: print_plans(result))
+
+
+@app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder, one of its trials, or an adapter peft saved.")],
     data: Annotated[str, typer.Argument(help="Labelled rows: a file, or a folder whose test rows are used.")],

@@ -168,6 +168,71 @@ def _difference_table(pairs: list[dict[str, Any]], title: str, margin: float, wo
     return table
 
 
+BAR = 44
+"""Characters of a device's whole memory."""
+STRIPES = {
+    "weights": ("█", "blue", ("frozen weights",)),
+    "adapters": ("▓", "green", ("adapters and heads", "gradients", "moments")),
+    "activations": ("▒", "yellow", ("activations", "attention", "scores and loss", "backward", "stream")),
+    "rest": ("░", "white", ()),
+}
+"""Part of the bar: its character, its colour, and whose bytes it holds; the last takes what no other does."""
+
+
+def print_plans(result: dict[str, Any]) -> None:
+    """A stacked bar per plan against the device's limit, and how much more would fit."""
+    console = _console()
+    usable = result["usable_bytes"]
+    console.print(
+        Text(
+            f"{result['model']} on {result['device']}: {usable / 2**30:.2f} GiB usable of {result['capacity_bytes'] / 2**30:.2f}; {result['rows']}"
+        )
+    )
+    widest = max([usable, *(plan["device_bytes"] for plan in result["plans"])])
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("method", "", "needs", "", "text ≤", "batch ≤", "trials ≤", "trained"):
+        table.add_column(name, justify="left" if name in ("method", "") else "right", no_wrap=True)
+    for plan in result["plans"]:
+        table.add_row(
+            f"{plan['method']}, {plan['precision']}",
+            _bar(plan, usable, widest),
+            f"{plan['device_bytes'] / 2**30:.2f} GiB",
+            Text("fits", style="green") if plan["fits"] else Text("too much", style="red"),
+            f"{plan['max_tokens']:,} tokens" if plan["max_tokens"] else "–",
+            f"{plan['max_batch_size']:,}" if plan["max_batch_size"] else "–",
+            f"{plan['max_trials']:,}" if plan["max_trials"] else "–",
+            f"{plan['trainable']:,}",
+        )
+    console.print(table)
+    legend = Text()
+    for name, (mark, colour, _) in STRIPES.items():
+        legend.append(f"{mark} ", style=colour)
+        legend.append(f"{name}   ", style="dim")
+    legend.append("│ the device's limit", style="dim")
+    console.print(legend)
+
+
+def _bar(plan: dict[str, Any], usable: int, widest: int) -> Text:
+    bar, drawn, total = Text(), 0, 0.0
+    left = dict(plan["parts"])
+    for mark, colour, owners in STRIPES.values():
+        mine = sum(left.pop(owner, 0) for owner in owners)
+        if not owners:  # what is left, and what the device adds
+            mine = sum(left.values()) + plan["device_bytes"] - plan["live_peak_bytes"]
+        total += mine
+        stop = round(BAR * total / widest)
+        bar.append(mark * max(0, stop - drawn), style=colour)
+        drawn = max(drawn, stop)
+    limit = round(BAR * usable / widest)
+    cells = list(bar.plain.ljust(BAR + 1))
+    styled = Text("".join(cells))
+    for span in bar.spans:
+        styled.stylize(span.style, span.start, span.end)
+    if limit < len(cells):
+        styled = styled[:limit] + Text("│", style="red") + styled[limit + 1 :]
+    return styled
+
+
 def print_scores(scores: dict[str, Any]) -> None:
     console = _console()
     console.print(Text(f"{scores['rows']} rows"))
