@@ -16,17 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from katei.base import ops
+from katei.base.stream import passes
+from katei.engine.lockstep import Lockstep, Tokens, score_rows
 
 ROWS = (1, 8, 32, 128, 512, 1024)
 """Tokens at which products are timed."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Costs(TorchDispatchMode):
     """Counts what runs inside it."""
 
@@ -127,3 +130,57 @@ def _seconds(run: Callable[[], Any], budget: float) -> float:
         run()
         times.append(time.perf_counter() - started)
     return sorted(times)[len(times) // 2]
+
+
+def epoch_seconds(engine: Lockstep, valid: Tokens | None, machine: Machine) -> float:
+    """Of one epoch of every trial and the evaluation behind it. `engine` is over a fake base (`katei.plan.fake`).
+
+    A typical and the heaviest step are run; the others cost what lies between them, by their tokens.
+    """
+    steps = max(state.trial.steps_per_epoch for state in engine.states)
+    tokens = [_tokens(engine, step) for step in range(steps)]
+    places = sorted(range(steps), key=tokens.__getitem__)
+    typical, heaviest = places[steps // 2], places[-1]
+    costs = {step: machine.seconds(_step_costs(engine, step)) for step in {typical, heaviest}}
+    span = tokens[heaviest] - tokens[typical]
+    slope = (costs[heaviest] - costs[typical]) / span if span else 0.0
+    seconds = sum(max(0.0, costs[typical] + slope * (n - tokens[typical])) for n in tokens)
+    if valid is not None:
+        rows = [(state.stack, state.n, ids) for state in engine.states for ids in valid.ids]
+        lengths = [len(ids) + engine.stacks[stack].virtual_tokens for stack, _, ids in rows]
+        first = next(iter(passes(lengths, engine.token_budget)))
+        counted = Costs()
+        with counted:
+            score_rows(
+                engine.base,
+                engine.stacks,
+                [rows[i] for i in first],
+                token_budget=engine.token_budget,
+                entries=engine.entries,
+                cache=engine.cache,
+            )
+        seconds += machine.seconds(counted) * sum(lengths) / sum(lengths[i] for i in first)
+    return seconds
+
+
+def _tokens(engine: Lockstep, step: int) -> int:
+    """Of step `step` of the first epoch, all trials together."""
+    total = 0
+    with unset_fake_temporarily():
+        for state in engine.states:
+            if step < state.trial.steps_per_epoch:
+                state.step = step
+                more = engine.stacks[state.stack].virtual_tokens
+                total += sum(len(engine.train.ids[row]) + more for row in state.batch())
+    return total
+
+
+def _step_costs(engine: Lockstep, step: int) -> Costs:
+    with unset_fake_temporarily():
+        for state in engine.states:
+            state.step = min(step, state.trial.steps_per_epoch - 1)
+            state.batch()
+    counted = Costs()
+    with counted:
+        engine.step()
+    return counted
