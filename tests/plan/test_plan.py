@@ -1,0 +1,85 @@
+"""The planner against the engine on real tensors, the book's facts, and its errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.live import LiveBytes
+from katei import api
+from katei.base.packed import Base
+from katei.core.errors import BaseError
+from katei.engine.lockstep import Lockstep, Tokens, Trial
+from katei.engine.optimizer import Training
+from katei.methods import METHODS
+from katei.plan.devices import find_device
+from katei.plan.plan import Planner, Run
+from katei.plan.shapes import SHAPES, bundled
+from tests.helpers.tiny import tiny_config, tiny_model
+
+CPU = replace(find_device("cpu"), usable_bytes=1 << 40)
+
+
+def run_of(name: str, trials: int, batch_size: int, *, checkpointing: bool = False) -> Run:
+    rng = torch.Generator().manual_seed(3)
+    lengths = torch.randint(3, 40, (9,), generator=rng).tolist()
+    ids = tuple(tuple(torch.randint(3, 290, (n,), generator=rng).tolist()) for n in lengths)
+    tokens = Tokens(ids, tuple(i % 3 for i in range(9)))
+    method = METHODS[name](**({"layers": 2} if name == "llama-adapter" else {}))
+    training = Training(learning_rate=1e-3, epochs=3, batch_size=batch_size)
+    made = tuple(Trial(f"{name}-{k}", method, k, training, tuple(range(9))) for k in range(1 if name == "full" else trials))
+    return Run(made, 3, tokens, tokens, 64, checkpointing)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("name", METHODS)
+def test_live_bytes_are_the_real_runs_to_the_byte(name: str, architecture: str, checkpointing: bool) -> None:
+    run = run_of(name, trials=3, batch_size=2, checkpointing=checkpointing)
+    trace = Planner(tiny_config(architecture), "fp32", CPU).trace(run)
+    model = tiny_model(architecture)
+    base = Base(model)
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    with LiveBytes() as meter:
+        Lockstep(base, run.trials, 3, run.train, run.valid, token_budget=64, checkpointing=checkpointing).run()
+    assert trace.live_peak_bytes == weights + meter.peak
+
+
+def test_the_books_facts() -> None:
+    result = api.plan(
+        model="llm-jp/llm-jp-3-1.8b", methods=["lora", "full"], device="rtx2070", tokens=60, settings=None, recipe="book"
+    )
+    lora, full = result["plans"]
+    assert lora["trainable"] == 200_704
+    assert lora["parts"]["frozen weights"] == pytest.approx(6.2 * 2**30, rel=0.01)
+    assert lora["fits"]
+    assert not full["fits"]
+    assert full["max_tokens"] == 0
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_bundled_shape_is_a_config_of_transformers(name: str) -> None:
+    config = bundled(name)
+    assert config is not None
+    assert config.hidden_size == SHAPES[name]["hidden_size"]
+    assert bundled(f"{name}-instruct") is not None or name.endswith("-pt")
+
+
+@pytest.mark.parametrize(
+    ("typed", "mib"), [("rtx2070", 8192), ("RTX 2070", 8192), ("GeForce RTX 4060 Ti", 8188), ("2070", 8192), ("8GB", 8192)]
+)
+def test_a_device_is_found_however_it_is_written(typed: str, mib: int) -> None:
+    assert find_device(typed).capacity_bytes == mib << 20
+
+
+def test_no_bf16_before_ampere() -> None:
+    assert not find_device("rtx2070").bf16
+    assert find_device("rtx3060").bf16
+
+
+def test_an_unknown_device_names_the_nearest() -> None:
+    with pytest.raises(BaseError) as refused:
+        find_device("rtx2071")
+    assert "rtx2070" in (refused.value.hint or "")
