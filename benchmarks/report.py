@@ -37,7 +37,7 @@ def table(rows: list[Row]) -> str:
 
 
 def _measured(row: Row, target: Target) -> str:
-    reached = row.p50 <= target.must + 0.005 if target.at_most else row.p50 >= target.must
+    reached = row.p50 <= target.must if target.at_most else row.p50 >= target.must
     low, middle, high = (f"{round(value, 2) + 0.0:.2f}" for value in (row.p20, row.p50, row.p80))  # no -0.00
     spread = f" ({low} – {high})" if row.runs > 1 else ""
     return f"{'' if reached else '**not reached** '}{middle}{spread}"

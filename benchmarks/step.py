@@ -1,6 +1,7 @@
 """What one training step costs, K trials together, against the best the processor can do with products of this model's shapes.
 
     python -m benchmarks.step [--quick]
+    python -m benchmarks.step --profile     where a step of 30 trials spends its time
 
 K LoRA trials (r = 1 on q and v), one row of 28 random tokens each, AdamW included. In every round each K takes steps and the
 roofline is measured again: the fastest of several ways to multiply a tall float32 matrix by one of the model's own.
@@ -90,9 +91,48 @@ def roofline(base: Base) -> tuple[float, str]:
     return best
 
 
+GROUPS = {
+    "frozen products": ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm"),
+    "attention": ("_ShortAttention", "_ShortAttentionBackward"),
+    "gate and up": ("_Gated", "_GatedBackward"),
+    "norms": ("_RmsNorm", "_RmsNormBackward"),
+    "LoRA": ("_LowRank", "_LowRankBackward"),
+    "rotation": ("_Rotate", "_RotateBackward"),
+}
+"""Where a step's time goes, by the profiler's names; what happens inside a name is its own."""
+
+
+def profile(figures: Figures, engine: Lockstep, trials: int) -> None:
+    """Shares of one step's time, each a median of five."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as watch
+
+    shares: dict[str, list[float]] = {name: [] for name in (*GROUPS, "calls around the products")}
+    for _ in range(5):
+        with watch(activities=[ProfilerActivity.CPU]) as watched:
+            engine.tick()
+        events = {event.key: event for event in watched.key_averages()}
+        whole = sum(event.self_cpu_time_total for event in events.values())
+        for name, keys in GROUPS.items():
+            shares[name].append(sum(events[key].cpu_time_total for key in keys if key in events) / whole)
+        around = ("_FrozenLinear", "_FrozenLinearBackward")
+        shares["calls around the products"].append(sum(events[key].self_cpu_time_total for key in around) / whole)
+    for name, values in shares.items():
+        figures.add("share of the step's time", "", values, case=name, note=f"K={trials}, profiled")
+
+
 def main() -> None:
-    options = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--profile", action="store_true", help="where a step of 30 trials spends its time")
+    options = parser.parse_args()
     figures = Figures("step", quick=options.quick)
+    if options.profile:
+        sides = Sides()
+        engine = sides.lockstep(lora_task(sides.base, 30))
+        for _ in range(3):
+            engine.tick()
+        profile(figures, engine, 30)
+        return
     counts, rounds = ((1, 6, 30), 2) if options.quick else ((1, 2, 6, 12, 30, 100), 7)
     sides = Sides()
     check_gently(lambda task: sides.theirs(task, ["lora 0"]), sides.ours, lora_task(sides.base, 6, rows=4, epochs=1))
