@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,20 +12,20 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts every storage an operation makes while this is on, from its making to its end. Storages that come from
-    outside (the base's weights, and views of them) count nothing.
+    """Counts every storage that an operation takes or makes while this is on, from then to its end, save those of `outside` (the
+    base's weights, and views of them).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outside: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
         self.sizes: dict[int, int] = {}
+        for tensor in outside:
+            self._meet(tensor, mine=False)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tree_leaves((args, kwargs)):
-            self._meet(tensor, mine=False)
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        for tensor in tree_leaves((args, kwargs, result)):
             self._meet(tensor, mine=True)
         return result
 

@@ -17,7 +17,7 @@ from katei.methods import METHODS
 from katei.plan.devices import find_device
 from katei.plan.plan import Planner, Run
 from katei.plan.shapes import SHAPES, bundled
-from tests.helpers.tiny import tiny_config, tiny_model
+from tests.helpers.models import CONFIGS, tiny_model
 
 CPU = replace(find_device("cpu"), usable_bytes=1 << 40)
 
@@ -38,13 +38,13 @@ def run_of(name: str, trials: int, batch_size: int, *, checkpointing: bool = Fal
 @pytest.mark.parametrize("name", METHODS)
 def test_live_bytes_are_the_real_runs_to_the_byte(name: str, architecture: str, checkpointing: bool) -> None:
     run = run_of(name, trials=3, batch_size=2, checkpointing=checkpointing)
-    trace = Planner(tiny_config(architecture), "fp32", CPU).trace(run)
+    trace = Planner(CONFIGS[architecture], "fp32", CPU).trace(run)
     model = tiny_model(architecture)
     base = Base(model)
-    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    with LiveBytes() as meter:
+    outside = {t.data_ptr(): t.nbytes for t in base.frozen_tensors()}
+    with LiveBytes(base.frozen_tensors()) as meter:
         Lockstep(base, run.trials, 3, run.train, run.valid, token_budget=64, checkpointing=checkpointing).run()
-    assert trace.live_peak_bytes == weights + meter.peak
+    assert trace.live_peak_bytes == sum(outside.values()) + meter.peak
 
 
 def test_the_books_facts() -> None:

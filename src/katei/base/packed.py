@@ -28,7 +28,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from katei.base import ops
 from katei.base.host import shapes_only
-from katei.base.layer import UsualLayer, tables, usual_layer
+from katei.base.layer import Norm, UsualLayer, tables, usual_layer
 from katei.base.stream import Bare, Bucket, PackedRow, Part, Stream, build_stream
 from katei.core.errors import BaseError
 
@@ -355,6 +355,16 @@ class Base:
         out_BHK = outs[0] if len(outs) == 1 else torch.cat(outs)
         scatter = phase.pooled_scatter_B if pooled else phase.scatter_T
         return out_BHK if scatter is None else out_BHK.index_select(0, scatter)
+
+    def frozen_tensors(self) -> list[Tensor]:
+        """Everything it holds: the model's own tensors, and the norms' effective weights where these are others."""
+        norms = [
+            norm.scale_D
+            for layer in self.usual_layers
+            for norm in vars(layer).values()
+            if isinstance(norm, Norm)
+        ]
+        return [*self.model.parameters(), *self.model.buffers(), *norms]
 
     # ---------------------------------------------------------------- how this architecture calls its layers
 

@@ -20,12 +20,16 @@ from katei.base import ops
 from katei.base.device import pick_dtype
 from katei.base.packed import Base
 from katei.base.quiet import quiet
-from katei.base.stream import passes
+from katei.base.stream import PackedRow, passes
 from katei.engine.lockstep import Lockstep, Tokens, Trial, score_rows
 from katei.plan.meter import ADAPTERS, GRADIENTS, WEIGHTS, Meter
 
 MOST_STEPS = 100_000
 """Of all trials together that are looked at for the heaviest; of a longer study an even choice."""
+
+
+LOOKED_AT = 3
+"""Steps, and passes of the evaluation, that are run."""
 
 
 @dataclass(frozen=True)
@@ -68,22 +72,21 @@ def trace_study(
 ) -> Trace:
     """Of the heaviest step and the heaviest evaluation pass of this study. Call inside `fake_base`."""
     meter = Meter()
-    meter.claim([*base.model.parameters(), *base.model.buffers()], WEIGHTS)
+    meter.claim(base.frozen_tensors(), WEIGHTS)
     with meter:
         engine = Lockstep(base, trials, classes, train, valid, token_budget=token_budget, checkpointing=checkpointing)
         meter.claim([stack.theta_NM for stack in engine.stacks], ADAPTERS)
         meter.claim([stack.grad_NM for stack in engine.stacks], GRADIENTS)
         engine.fill_cache()
-        step = heaviest_step(engine)
-        for state in engine.states:
-            state.step = min(step, state.trial.total_steps - 1)
-        engine.step()
+        for step in heaviest_steps(engine):
+            _go_to(engine, step)
+            engine.step()
         trained = meter.peak
-        if valid is not None:
+        for rows in heaviest_passes(engine, valid) if valid is not None else ():
             score_rows(
                 base,
                 engine.stacks,
-                heaviest_pass(engine, valid),
+                [(row.stack, row.adapter, row.ids) for row in rows],
                 token_budget=token_budget,
                 entries=engine.entries,
                 cache=engine.cache,
@@ -100,40 +103,66 @@ def trace_study(
         )
 
 
-def heaviest_step(engine: Lockstep) -> int:
-    """The step with the pass that holds most, by `_weight`."""
+def heaviest_steps(engine: Lockstep) -> list[int]:
+    """The steps whose heaviest pass holds most, by `_weight`, which is rough: so the first few, all different."""
     steps = max(state.trial.total_steps for state in engine.states)
     stride = -(-steps * len(engine.states) // MOST_STEPS)
-    best, heaviest = 0, -1.0
-    before = [state.step for state in engine.states]
-    with unset_fake_temporarily():
-        for step in range(0, steps, stride):
-            lengths: list[int] = []
-            for state in engine.states:
-                if step < state.trial.total_steps:
-                    state.step = step
-                    more = engine.stacks[state.stack].virtual_tokens
-                    lengths += [len(engine.train.ids[row]) + more for row in state.batch()]
-            weight = max(_weight(engine.base, [lengths[i] for i in one]) for one in passes(lengths, engine.token_budget))
-            if weight > heaviest:
-                best, heaviest = step, weight
-        for state, place in zip(engine.states, before, strict=True):
-            state.step = min(best, state.trial.total_steps - 1)
-            state.batch()  # its order is drawn here, where there are numbers
-            state.step = place
-    return best
+    found: dict[tuple[int, ...], tuple[int, list[PackedRow]]] = {}
+    for step in range(0, steps, stride):
+        _go_to(engine, step)
+        rows = [
+            PackedRow(state.stack, state.n, engine.train.ids[row])
+            for state in engine.states
+            if step < state.trial.total_steps
+            for row in state.batch()
+        ]
+        for one in passes(_lengths(engine, rows), engine.token_budget):
+            inside = [rows[i] for i in one]
+            found.setdefault(tuple(_lengths(engine, inside)), (step, inside))
+    return list(dict.fromkeys(found[one][0] for one in _heaviest(engine, {k: v[1] for k, v in found.items()})))
 
 
-def heaviest_pass(engine: Lockstep, tokens: Tokens) -> list[tuple[int, int, Sequence[int]]]:
-    """The rows of the evaluation pass that holds most, of all trials side by side."""
-    rows = [(state.stack, state.n, ids) for state in engine.states for ids in tokens.ids]
-    lengths = [len(ids) + engine.stacks[stack].virtual_tokens for stack, _, ids in rows]
-    chosen = max(passes(lengths, engine.token_budget), key=lambda one: _weight(engine.base, [lengths[i] for i in one]))
-    return [rows[i] for i in chosen]
+def heaviest_passes(engine: Lockstep, tokens: Tokens) -> list[list[PackedRow]]:
+    """The evaluation passes that hold most, of all trials side by side."""
+    rows = [PackedRow(state.stack, state.n, ids) for state in engine.states for ids in tokens.ids]
+    found = {}
+    for one in passes(_lengths(engine, rows), engine.token_budget):
+        inside = [rows[i] for i in one]
+        found[tuple(_lengths(engine, inside))] = inside
+    return [found[one] for one in _heaviest(engine, found)]
 
 
-def _weight(base: Base, lengths: Sequence[int]) -> float:
-    """Of a pass, roughly what it keeps: so many numbers a token, and the attention's where that is kept."""
+def _lengths(engine: Lockstep, rows: Sequence[PackedRow]) -> list[int]:
+    return [len(row.ids) + engine.stacks[row.stack].virtual_tokens for row in rows]
+
+
+def _heaviest(engine: Lockstep, found: dict[tuple[int, ...], list[PackedRow]]) -> list[tuple[int, ...]]:
+    """Of passes by their lengths the few that hold most: by tokens first, these by the buckets they make."""
+    many = sorted(found, key=lambda one: sum(one) * 1000 + sum(n * n for n in one), reverse=True)[: 10 * LOOKED_AT]
+    return sorted(many, key=lambda one: _weight(engine, found[one]), reverse=True)[:LOOKED_AT]
+
+
+def _weight(engine: Lockstep, rows: Sequence[PackedRow]) -> float:
+    """Roughly what a layer keeps of a pass, in numbers: of each token, and of each padded row of its attention."""
+    base = engine.base
+    q, kv = base.heads * base.head_size, 2 * base.kv_heads * base.head_size
     mlp = getattr(base.config, "intermediate_size", 4 * base.width)
-    of_token = 4 * base.width + 2 * mlp + 3 * base.heads * base.head_size
-    return of_token * sum(lengths) + base.heads * sum(length * length for length in lengths)
+    stream = base.stream(rows, engine.stacks, engine.entries)
+    phase = stream.phases[-1]
+    kept = phase.tokens * (3.0 * base.width + 2 * mlp + q + kv)
+    for bucket in phase.buckets:
+        padded, keys = bucket.rows * bucket.longest, bucket.prefix_tokens + bucket.trunk + bucket.longest
+        kept += padded * q
+        if bucket.gather_T is not None:
+            kept += padded * q + bucket.rows * keys * kv
+        if keys <= ops.SHORT and bucket.rows * base.heads >= 32:
+            kept += padded * base.heads * keys
+    return kept
+
+
+def _go_to(engine: Lockstep, step: int) -> None:
+    """Every trial stands before its step `step`."""
+    with unset_fake_temporarily():  # an epoch's order is drawn here, where there are numbers
+        for state in engine.states:
+            state.step = min(step, state.trial.total_steps - 1)
+            state.batch()

@@ -16,14 +16,16 @@ from functools import cached_property
 
 from transformers import PreTrainedConfig
 
+from katei.base.device import pick_dtype
 from katei.engine.lockstep import Tokens, Trial
 from katei.methods.llama_adapter import LLaMAAdapter
 from katei.plan.allocator import CachingAllocator
 from katei.plan.devices import Device
 from katei.plan.fake import Trace, fake_base, trace_study
 from katei.plan.meter import ADAPTERS, GRADIENTS, MOMENTS, WEIGHTS
-from katei.plan.process import process_bytes
+from katei.plan.process import WeightsFile, process_bytes, weights_file
 
+LASTING = (ADAPTERS, GRADIENTS, MOMENTS)
 
 Shape = Callable[[int], tuple[int, int]]
 """(rows, tokens of each) of the n-th try."""
@@ -96,11 +98,15 @@ class Planner:
     def vocabulary(self) -> int:
         return int(self.config.vocab_size)
 
+    @cached_property
+    def file(self) -> WeightsFile:
+        return weights_file(self.config, pick_dtype(self.precision))
+
     def plan(self, run: Run) -> Plan:
         trace = self.trace(run)
         need = self.need(trace)
         longest = max(len(ids) for ids in run.train.ids)
-        own = sum(trace.parts.get(part, 0) for part in (ADAPTERS, GRADIENTS, MOMENTS))
+        own = sum(trace.parts.get(part, 0) for part in LASTING)
         per_trial = max(1, own // len(run.trials))
         room = self.device.usable_bytes - need
         return Plan(
@@ -129,7 +135,8 @@ class Planner:
                 else:
                     allocator.allocate(serial, size)
             return allocator.reserved_peak + self.device.context_bytes + self.device.workspace_bytes
-        return process_bytes(self.resident_bytes, trace.parts.get(WEIGHTS, 0), trace.live_peak_bytes)
+        lasting = sum(trace.parts.get(part, 0) for part in LASTING)
+        return process_bytes(self.resident_bytes, self.file, trace.parts[WEIGHTS], lasting, trace.live_peak_bytes)
 
     def trace(self, run: Run, layers: int | None = None) -> Trace:
         """The run's trace, with the base's first `layers` layers only."""
