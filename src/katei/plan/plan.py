@@ -27,6 +27,8 @@ from katei.plan.process import WeightsFile, process_bytes, weights_file
 
 LASTING = (ADAPTERS, GRADIENTS, MOMENTS)
 
+MOST, START = 2**24, 16
+"""Of a search for the largest number: its end and its first try behind 1."""
 Shape = Callable[[int], tuple[int, int]]
 """(rows, tokens of each) of the n-th try."""
 
@@ -155,16 +157,27 @@ class Planner:
         return self.traces[depth, run]
 
     def most(self, run: Run, shape: Shape) -> int:
-        """The largest n whose `shape(n)` = (rows, tokens) in one pass fits; 0 if 1 does not."""
-        low, high = 0, 1
-        while high < 2**24 and self._estimate(run, shape(high)) <= self.device.usable_bytes:
-            low, high = high, high * 4
+        """The largest n whose `shape(n)` = (rows, tokens) in one pass fits, to 1 %; 0 if 1 does not.
+
+        Bytes grow nearly in proportion, so each try is where the line through the last two meets the limit, kept between what
+        fits and what does not.
+        """
+        limit = self.device.usable_bytes
+        low, low_bytes = 1, self._estimate(run, shape(1))
+        if low_bytes > limit:
+            return 0
+        high, guess, slope = MOST, START, 0.0
         while high - low > max(1, low // 100):
-            middle = (low + high) // 2
-            if self._estimate(run, shape(middle)) <= self.device.usable_bytes:
-                low = middle
+            guess = min(max(guess, low + 1), high - 1)
+            found = self._estimate(run, shape(guess))
+            slope = max(1.0, abs(found - low_bytes) / (guess - low))
+            start, start_bytes = guess, found
+            if found <= limit:
+                low, low_bytes = guess, found
             else:
-                high = middle
+                high = guess
+            guess = start + round((limit - start_bytes) / slope * 0.995)
+            guess = min(guess, 16 * start)
         return low
 
     def _estimate(self, run: Run, shape: tuple[int, int]) -> int:
