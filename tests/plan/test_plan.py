@@ -14,6 +14,7 @@ from katei.core.errors import BaseError
 from katei.engine.lockstep import Lockstep, Tokens, Trial
 from katei.engine.optimizer import Training
 from katei.methods import METHODS
+from katei.plan import fake
 from katei.plan.devices import find_device
 from katei.plan.plan import Planner, Run
 from katei.plan.shapes import SHAPES, bundled
@@ -33,10 +34,12 @@ def run_of(name: str, trials: int, batch_size: int, *, checkpointing: bool = Fal
     return Run(made, 3, tokens, tokens, 64, checkpointing)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize(("architecture", "checkpointing"), [("llama", False), ("gemma3", True)])
 @pytest.mark.parametrize("name", METHODS)
-def test_live_bytes_are_the_real_runs_to_the_byte(name: str, architecture: str, checkpointing: bool) -> None:
+def test_live_bytes_are_the_real_runs_to_the_byte(
+    name: str, architecture: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake, "LOOKED_AT", 100)  # which step is the heaviest is judged by benchmarks/plan_error.py
     run = run_of(name, trials=3, batch_size=2, checkpointing=checkpointing)
     trace = Planner(CONFIGS[architecture], "fp32", CPU).trace(run)
     model = tiny_model(architecture)

@@ -49,15 +49,15 @@ class Trace:
 
 
 @contextmanager
-def fake_base(config: PreTrainedConfig, precision: str, *, cuda: bool = False) -> Iterator[Base]:
-    """A base of this shape without numbers; everything done with it happens inside.
+def fake_bases(configs: Sequence[PreTrainedConfig], precision: str, *, cuda: bool = False) -> Iterator[list[Base]]:
+    """Bases of these shapes without numbers; everything done with them happens inside.
 
     A CPU build of torch has no fake CUDA tensors, so with `cuda` the tensors are the CPU's and the engine takes the way it takes
-    on CUDA (`ops.planned_kind`).
+    on CUDA (`ops.planned`).
     """
     with FakeTensorMode(allow_non_fake_inputs=True), quiet(), ops.planned("cuda" if cuda else "cpu"):
-        model = AutoModel.from_config(config, dtype=pick_dtype(precision)).eval().requires_grad_(False)
-        yield Base(model)
+        dtype = pick_dtype(precision)
+        yield [Base(AutoModel.from_config(c, dtype=dtype).eval().requires_grad_(False)) for c in configs]
 
 
 def trace_study(
@@ -70,7 +70,7 @@ def trace_study(
     token_budget: int,
     checkpointing: bool = False,
 ) -> Trace:
-    """Of the heaviest step and the heaviest evaluation pass of this study. Call inside `fake_base`."""
+    """Of the heaviest step and the heaviest evaluation pass of this study. Call inside `fake_bases`."""
     meter = Meter()
     meter.claim(base.frozen_tensors(), WEIGHTS)
     with meter:

@@ -10,20 +10,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 from transformers import PreTrainedConfig
 
 from katei.base.device import pick_dtype
+from katei.base.packed import Base
 from katei.engine.lockstep import Tokens, Trial
 from katei.methods.llama_adapter import LLaMAAdapter
 from katei.plan.allocator import CachingAllocator
 from katei.plan.devices import Device
-from katei.plan.fake import Trace, fake_base, trace_study
+from katei.plan.fake import Trace, fake_bases, trace_study
 from katei.plan.meter import ADAPTERS, GRADIENTS, MOMENTS, WEIGHTS
-from katei.plan.process import WeightsFile, process_bytes, weights_file
+from katei.plan.process import HOLES, WeightsFile, process_bytes, weights_file
 
 LASTING = (ADAPTERS, GRADIENTS, MOMENTS)
 
@@ -94,7 +97,7 @@ class Planner:
     device: Device
     resident_bytes: int = 0
     """Of this process before the base is loaded (CPU)."""
-    traces: dict[tuple[int, Run], Trace] = field(default_factory=dict)
+    traces: dict[Run, Trace] = field(default_factory=dict)
 
     @cached_property
     def vocabulary(self) -> int:
@@ -140,56 +143,86 @@ class Planner:
         lasting = sum(trace.parts.get(part, 0) for part in LASTING)
         return process_bytes(self.resident_bytes, self.file, trace.parts[WEIGHTS], lasting, trace.live_peak_bytes)
 
-    def trace(self, run: Run, layers: int | None = None) -> Trace:
-        """The run's trace, with the base's first `layers` layers only."""
-        depth = layers or int(self.config.num_hidden_layers)
-        if (depth, run) not in self.traces:
-            with fake_base(_with_layers(self.config, depth), self.precision, cuda=self.device.kind == "cuda") as base:
-                self.traces[depth, run] = trace_study(
-                    base,
-                    run.trials,
-                    run.classes,
-                    run.train,
-                    run.valid,
-                    token_budget=run.token_budget,
-                    checkpointing=run.checkpointing,
-                )
-        return self.traces[depth, run]
+    def trace(self, run: Run) -> Trace:
+        if run not in self.traces:
+            with fake_bases([self.config], self.precision, cuda=self.device.kind == "cuda") as (base,):
+                self.traces[run] = _trace(base, run)
+        return self.traces[run]
 
     def most(self, run: Run, shape: Shape) -> int:
         """The largest n whose `shape(n)` = (rows, tokens) in one pass fits, to 1 %; 0 if 1 does not.
 
-        Bytes grow nearly in proportion, so each try is where the line through the last two meets the limit, kept between what
-        fits and what does not.
+        Live bytes grow as a parabola in n (attention), piece by piece: each try is where the one through the nearest three tries
+        meets the limit, between what fits and what does not.
         """
-        limit = self.device.usable_bytes
-        low, low_bytes = 1, self._estimate(run, shape(1))
-        if low_bytes > limit:
-            return 0
-        high, guess, slope = MOST, START, 0.0
-        while high - low > max(1, low // 100):
-            guess = min(max(guess, low + 1), high - 1)
-            found = self._estimate(run, shape(guess))
-            slope = max(1.0, abs(found - low_bytes) / (guess - low))
-            start, start_bytes = guess, found
-            if found <= limit:
-                low, low_bytes = guess, found
-            else:
-                high = guess
-            guess = start + round((limit - start_bytes) / slope * 0.995)
-            guess = min(guess, 16 * start)
-        return low
+        limit = self.live_limit(run)
+        with self._estimates(run, shape) as estimate:
+            tried = {1: estimate(1)}
+            if tried[1] > limit:
+                return 0
+            low, high, guess = 1, MOST, START
+            while True:
+                tried[guess] = estimate(guess)
+                if tried[guess] <= limit:
+                    low = guess
+                else:
+                    high = guess
+                if high == MOST:
+                    guess = low * START
+                    continue
+                step = max(1, low // 100)
+                slope = (tried[high] - tried[low]) / (high - low)
+                if high - low <= step or tried[low] + step * slope > limit:
+                    return low
+                near = sorted(tried, key=lambda n: abs(tried[n] - limit))[:3]
+                guess = min(max(_meets(near, [tried[n] for n in near], limit), low + 1), high - 1)
 
-    def _estimate(self, run: Run, shape: tuple[int, int]) -> int:
-        """`need` of one pass, from two shallow traces: bytes are linear in the number of layers."""
-        one = run.with_rows(*shape, self.vocabulary)
+    def live_limit(self, run: Run) -> int:
+        """Live bytes at which the device is full, if what the device adds to them grows as they do."""
+        trace = self.trace(run)
+        fixed = self.device.context_bytes + self.device.workspace_bytes
+        if self.device.kind == "cuda":
+            return int((self.device.usable_bytes - fixed) * trace.live_peak_bytes / (self.need(trace) - fixed))
+        return trace.live_peak_bytes + int((self.device.usable_bytes - self.need(trace)) / (1 + HOLES))
+
+    @contextmanager
+    def _estimates(self, run: Run, shape: Shape) -> Iterator[Callable[[int], int]]:
+        """Live bytes of one pass of `shape(n)`, from two shallow bases: they are linear in the number of layers."""
         depth = int(self.config.num_hidden_layers)
         method = run.trials[0].method
         shallow = method.layers + 1 if isinstance(method, LLaMAAdapter) else 2
-        if shallow + 1 >= depth:
-            return self.need(self.trace(one))
-        less, more = (self.need(self.trace(one, layers)) for layers in (shallow, shallow + 1))
-        return less + (depth - shallow) * (more - less)
+        depths = (shallow, shallow + 1) if shallow + 1 < depth else (depth,)
+        configs = [_with_layers(self.config, layers) for layers in depths]
+        with fake_bases(configs, self.precision, cuda=self.device.kind == "cuda") as bases:
+
+            def estimate(n: int) -> int:
+                one = run.with_rows(*shape(n), self.vocabulary)
+                found = [_trace(base, one).live_peak_bytes for base in bases]
+                return found[0] + (depth - depths[0]) * (found[-1] - found[0])
+
+            yield estimate
+
+
+def _trace(base: Base, run: Run) -> Trace:
+    return trace_study(
+        base,
+        run.trials,
+        run.classes,
+        run.train,
+        run.valid,
+        token_budget=run.token_budget,
+        checkpointing=run.checkpointing,
+    )
+
+
+def _meets(places: Sequence[int], heights: Sequence[int], limit: int) -> int:
+    """Where the parabola (line) through two or three points reaches `limit`, a little below."""
+    degree = min(2, len(places) - 1)
+    curve = np.polynomial.Polynomial.fit(places, heights, degree) - limit
+    roots = [float(root.real) for root in curve.roots() if abs(root.imag) < 1e-9 and root.real > 0]
+    if not roots:
+        return max(places) + 1
+    return int(0.998 * min(roots, key=lambda root: abs(root - max(places))))
 
 
 def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
