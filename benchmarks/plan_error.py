@@ -168,8 +168,8 @@ def main() -> None:
         live = apart(case, True)
         process = apart(case, False)
         config = load_config(str(base_folder(case.shape)))
-        planner = Planner(config, case.precision, find_device("cpu"), int(process["resident"]))
-        trace = planner.trace(run_of(case, int(config.vocab_size)))
+        with Planner(config, case.precision, find_device("cpu"), int(process["resident"])) as planner:
+            trace = planner.trace(run_of(case, int(config.vocab_size)))
         live_error = trace.live_peak_bytes / live["live"] - 1
         process_error = planner.need(trace) / process["process"] - 1
         live_errors.append(abs(live_error))

@@ -49,15 +49,20 @@ class Trace:
 
 
 @contextmanager
-def fake_bases(configs: Sequence[PreTrainedConfig], precision: str, *, cuda: bool = False) -> Iterator[list[Base]]:
-    """Bases of these shapes without numbers; everything done with them happens inside.
+def without_numbers(*, cuda: bool = False) -> Iterator[None]:
+    """Inside, tensors are shapes alone.
 
     A CPU build of torch has no fake CUDA tensors, so with `cuda` the tensors are the CPU's and the engine takes the way it takes
     on CUDA (`ops.planned`).
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), quiet(), ops.planned("cuda" if cuda else "cpu"):
-        dtype = pick_dtype(precision)
-        yield [Base(AutoModel.from_config(c, dtype=dtype).eval().requires_grad_(False)) for c in configs]
+    with FakeTensorMode(allow_non_fake_inputs=True), ops.planned("cuda" if cuda else "cpu"):
+        yield
+
+
+def fake_base(config: PreTrainedConfig, precision: str) -> Base:
+    """A base of this shape; call it, and use it, inside `without_numbers`."""
+    with quiet():
+        return Base(AutoModel.from_config(config, dtype=pick_dtype(precision)).eval().requires_grad_(False))
 
 
 def trace_study(
@@ -70,7 +75,7 @@ def trace_study(
     token_budget: int,
     checkpointing: bool = False,
 ) -> Trace:
-    """Of the heaviest step and the heaviest evaluation pass of this study. Call inside `fake_bases`."""
+    """Of the heaviest step and the heaviest evaluation pass of this study. Call inside `without_numbers`."""
     meter = Meter()
     meter.claim(base.frozen_tensors(), WEIGHTS)
     with meter:

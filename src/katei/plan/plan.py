@@ -10,8 +10,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -24,7 +24,7 @@ from katei.engine.lockstep import Tokens, Trial
 from katei.methods.llama_adapter import LLaMAAdapter
 from katei.plan.allocator import CachingAllocator
 from katei.plan.devices import Device
-from katei.plan.fake import Trace, fake_bases, trace_study
+from katei.plan.fake import Trace, fake_base, trace_study, without_numbers
 from katei.plan.meter import ADAPTERS, GRADIENTS, MOMENTS, WEIGHTS
 from katei.plan.process import HOLES, WeightsFile, process_bytes, weights_file
 
@@ -90,7 +90,7 @@ class Run:
 
 @dataclass
 class Planner:
-    """Plans runs over one base's shape."""
+    """Plans runs over one base's shape, inside `with`."""
 
     config: PreTrainedConfig
     precision: str
@@ -98,10 +98,30 @@ class Planner:
     resident_bytes: int = 0
     """Of this process before the base is loaded (CPU)."""
     traces: dict[Run, Trace] = field(default_factory=dict)
+    bases: dict[int, Base] = field(default_factory=dict)
+    """Without numbers, by how many of the base's layers they have."""
+
+    def __enter__(self) -> Planner:
+        self._inside = ExitStack()
+        self._inside.enter_context(without_numbers(cuda=self.device.kind == "cuda"))
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        self.bases.clear()
+        self._inside.close()
+
+    def base(self, layers: int) -> Base:
+        if layers not in self.bases:
+            self.bases[layers] = fake_base(_with_layers(self.config, layers), self.precision)
+        return self.bases[layers]
 
     @cached_property
     def vocabulary(self) -> int:
         return int(self.config.vocab_size)
+
+    @cached_property
+    def depth(self) -> int:
+        return int(self.config.num_hidden_layers)
 
     @cached_property
     def file(self) -> WeightsFile:
@@ -145,8 +165,7 @@ class Planner:
 
     def trace(self, run: Run) -> Trace:
         if run not in self.traces:
-            with fake_bases([self.config], self.precision, cuda=self.device.kind == "cuda") as (base,):
-                self.traces[run] = _trace(base, run)
+            self.traces[run] = _trace(self.base(self.depth), run)
         return self.traces[run]
 
     def most(self, run: Run, shape: Shape) -> int:
@@ -156,26 +175,25 @@ class Planner:
         meets the limit, between what fits and what does not.
         """
         limit = self.live_limit(run)
-        with self._estimates(run, shape) as estimate:
-            tried = {1: estimate(1)}
-            if tried[1] > limit:
-                return 0
-            low, high, guess = 1, MOST, START
-            while True:
-                tried[guess] = estimate(guess)
-                if tried[guess] <= limit:
-                    low = guess
-                else:
-                    high = guess
-                if high == MOST:
-                    guess = low * START
-                    continue
-                step = max(1, low // 100)
-                slope = (tried[high] - tried[low]) / (high - low)
-                if high - low <= step or tried[low] + step * slope > limit:
-                    return low
-                near = sorted(tried, key=lambda n: abs(tried[n] - limit))[:3]
-                guess = min(max(_meets(near, [tried[n] for n in near], limit), low + 1), high - 1)
+        tried = {1: self._estimate(run, shape(1))}
+        if tried[1] > limit:
+            return 0
+        low, high, guess = 1, MOST, START
+        while True:
+            tried[guess] = self._estimate(run, shape(guess))
+            if tried[guess] <= limit:
+                low = guess
+            else:
+                high = guess
+            if high == MOST:
+                guess = low * START
+                continue
+            step = max(1, low // 100)
+            slope = (tried[high] - tried[low]) / (high - low)
+            if high - low <= step or tried[low] + step * slope > limit:
+                return low
+            near = sorted(tried, key=lambda n: abs(tried[n] - limit))[:3]
+            guess = min(max(_meets(near, [tried[n] for n in near], limit), low + 1), high - 1)
 
     def live_limit(self, run: Run) -> int:
         """Live bytes at which the device is full, if what the device adds to them grows as they do."""
@@ -185,22 +203,15 @@ class Planner:
             return int((self.device.usable_bytes - fixed) * trace.live_peak_bytes / (self.need(trace) - fixed))
         return trace.live_peak_bytes + int((self.device.usable_bytes - self.need(trace)) / (1 + HOLES))
 
-    @contextmanager
-    def _estimates(self, run: Run, shape: Shape) -> Iterator[Callable[[int], int]]:
-        """Live bytes of one pass of `shape(n)`, from two shallow bases: they are linear in the number of layers."""
-        depth = int(self.config.num_hidden_layers)
+    def _estimate(self, run: Run, shape: tuple[int, int]) -> int:
+        """Live bytes of one pass, from two shallow bases: they are linear in the number of layers."""
+        one = run.with_rows(*shape, self.vocabulary)
         method = run.trials[0].method
         shallow = method.layers + 1 if isinstance(method, LLaMAAdapter) else 2
-        depths = (shallow, shallow + 1) if shallow + 1 < depth else (depth,)
-        configs = [_with_layers(self.config, layers) for layers in depths]
-        with fake_bases(configs, self.precision, cuda=self.device.kind == "cuda") as bases:
-
-            def estimate(n: int) -> int:
-                one = run.with_rows(*shape(n), self.vocabulary)
-                found = [_trace(base, one).live_peak_bytes for base in bases]
-                return found[0] + (depth - depths[0]) * (found[-1] - found[0])
-
-            yield estimate
+        if shallow + 1 >= self.depth:
+            return _trace(self.base(self.depth), one).live_peak_bytes
+        less, more = (_trace(self.base(layers), one).live_peak_bytes for layers in (shallow, shallow + 1))
+        return less + (self.depth - shallow) * (more - less)
 
 
 def _trace(base: Base, run: Run) -> Trace:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ from transformers import PreTrainedConfig
 
 from katei.base.builtin import BUILTINS
 from katei.base.load import load_config, load_tokenizer
-from katei.core.errors import BaseError, RecipeError
+from katei.core.errors import BaseError
 from katei.data import load_dataset
 from katei.engine.lockstep import Tokens, Trial
 from katei.methods.full import Full
-from katei.plan.devices import Device, find_device
+from katei.plan.devices import find_device
 from katei.plan.plan import Plan, Planner, Run, synthetic
 from katei.plan.process import resident_bytes
 from katei.plan.shapes import bundled
@@ -88,19 +87,19 @@ def plan_methods(
     rows = rows_of(recipe, config, tokens, classes)
     plans: list[Plan] = []
     for precision in precisions:
-        planner = Planner(config, precision, where, resident_bytes())
-        for name in recipe.methods:
-            if name == Full.name and precision != "fp32":
-                continue
-            run = Run(
-                trials_of(recipe, name, len(rows.train)),
-                rows.classes,
-                rows.train,
-                rows.valid,
-                recipe.token_budget,
-                checkpointing,
-            )
-            plans.append(planner.plan(run))
+        with Planner(config, precision, where, resident_bytes()) as planner:
+            for name in recipe.methods:
+                if name == Full.name and precision != "fp32":
+                    continue
+                run = Run(
+                    trials_of(recipe, name, len(rows.train)),
+                    rows.classes,
+                    rows.train,
+                    rows.valid,
+                    recipe.token_budget,
+                    checkpointing,
+                )
+                plans.append(planner.plan(run))
     return {
         "model": recipe.model,
         "device": where.name,
@@ -109,6 +108,3 @@ def plan_methods(
         "rows": rows.said,
         "plans": [asdict(plan) for plan in plans],
     }
-
-
-_ = (os, replace, RecipeError, Device)
