@@ -49,42 +49,54 @@ def generate(
 ) -> list[str]:
     """The continuation of each prompt, without the prompt. `lm_head` maps (B, D) to (B, V) scores."""
     stacks = [stack or HeadOnlyStack(base, 2, [0])]
-    rows = [_prompt_ids(base, prompt) for prompt in prompts]
+    rows = [prompt_ids(base, prompt) for prompt in prompts]
     starts = [len(row) for row in rows]
     rngs = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(rows))]
-    stop = base.config.eos_token_id
-    stops = set(stop if isinstance(stop, list) else [stop]) | {base.tokenizer.eos_token_id}
+    stops = stop_tokens(base)
     open_rows = list(range(len(rows)))
     for _ in range(sampling.new_tokens):
         stream = base.stream([PackedRow(0, 0, rows[i]) for i in open_rows], stacks)
         with torch.no_grad(), base.running(stream, stacks):
-            scores_BV = lm_head(stream.unsort(base.pooled(stream, stacks))).float().cpu()
-        softcap = getattr(base.config, "final_logit_softcapping", None)
-        if softcap:
-            scores_BV = torch.tanh(scores_BV / softcap) * softcap
+            scores_BV = token_scores(base, lm_head, stream.unsort(base.pooled(stream, stacks)))
         for i, scores_V in zip(list(open_rows), scores_BV, strict=True):
-            token = _choose(scores_V, sampling, rngs[i])
+            token = choose_token(scores_V, sampling, rngs[i])
             if token in stops:
                 open_rows.remove(i)
             else:
                 rows[i].append(token)
         if not open_rows:
             break
+    return [continuation(base, row, start) for row, start in zip(rows, starts, strict=True)]
+
+
+def token_scores(base: Base, lm_head: Any, pooled_BD: Tensor) -> Tensor:
+    """Scores of the next token of each row, (B, V), on the host."""
+    scores_BV: Tensor = lm_head(pooled_BD).float().cpu()
+    softcap = getattr(base.config, "final_logit_softcapping", None)
+    return torch.tanh(scores_BV / softcap) * softcap if softcap else scores_BV
+
+
+def stop_tokens(base: Base) -> set[int]:
+    """The tokens after which a text is over."""
+    stop = base.config.eos_token_id
+    return set(stop if isinstance(stop, list) else [stop]) | {base.tokenizer.eos_token_id}
+
+
+def continuation(base: Base, row: Sequence[int], start: int) -> str:
+    """The text of the tokens from `start` on."""
     # decoded with the prompt, then cut: a token may hold half a character, or a space that depends on what stands before
-    texts = []
-    for row, start in zip(rows, starts, strict=True):
-        before = base.tokenizer.decode(row[:start], skip_special_tokens=True)
-        whole = base.tokenizer.decode(row, skip_special_tokens=True)
-        text = (
-            whole[len(before) :]
-            if whole.startswith(before)
-            else base.tokenizer.decode(row[start:], skip_special_tokens=True)
-        )
-        texts.append(text.rstrip("\N{REPLACEMENT CHARACTER}"))  # half a character, whose other tokens did not come
-    return texts
+    before = base.tokenizer.decode(row[:start], skip_special_tokens=True)
+    whole = base.tokenizer.decode(row, skip_special_tokens=True)
+    text: str = (
+        whole[len(before) :]
+        if whole.startswith(before)
+        else base.tokenizer.decode(row[start:], skip_special_tokens=True)
+    )
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")  # half a character, whose other tokens did not come
 
 
-def _prompt_ids(base: Base, prompt: str) -> list[int]:
+def prompt_ids(base: Base, prompt: str) -> list[int]:
+    """A prompt's tokens, without the token that ends a text."""
     ids = base.tokenize(prompt)
     if len(ids) > 1 and ids[-1] == base.tokenizer.eos_token_id:
         ids = ids[:-1]  # some tokenizers end every text; a prompt goes on
@@ -93,7 +105,8 @@ def _prompt_ids(base: Base, prompt: str) -> list[int]:
     return ids
 
 
-def _choose(scores_V: Tensor, sampling: Sampling, rng: torch.Generator) -> int:
+def choose_token(scores_V: Tensor, sampling: Sampling, rng: torch.Generator) -> int:
+    """The next token: the likeliest, or a draw."""
     if sampling.temperature == 0:
         return int(scores_V.argmax())
     p_V = torch.softmax(scores_V.double() / sampling.temperature, 0)
