@@ -239,6 +239,50 @@ def export(run: PathLike, *, out: PathLike, format: str = "peft", trial: str | N
     return {"out": str(out), "format": "peft", "agreement": None}
 
 
+def serve(
+    runs: Sequence[PathLike],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    model: str | None = None,
+    precision: str = "fp32",
+    device: str = "auto",
+    limits: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = _silent,
+) -> dict[str, Any]:
+    """Serve every adapter of `runs` over HTTP until stopped (Ctrl-C, SIGTERM). `limits`: see `katei.ship.serve.engine.Limits`.
+
+    Returns `url`, `requests`, `rows` and `seconds`.
+    """
+    from katei.ship.serve import require_extra
+
+    require_extra()
+    from katei.ship.serve.engine import Limits
+    from katei.ship.serve.server import check_binding, listening_socket
+    from katei.ship.serve.server import serve as serve_shelf
+    from katei.ship.serve.shelf import load_shelf
+
+    check_binding(host, port, token)
+    bounds = Limits(**(limits or {}))
+    sock = listening_socket(host, port)
+    try:
+        shelf = load_shelf([Path(run) for run in runs], model=model, precision=precision, device=device, say=say)
+        names = ", ".join(shelf.adapters)
+        say(f"{len(shelf.adapters)} adapter{'s' if len(shelf.adapters) > 1 else ''} on {shelf.base.name}: {names}")
+        return serve_shelf(
+            shelf,
+            sock,
+            host=host,
+            limits=bounds,
+            token=token,
+            say=say,
+            started=lambda server, url: say(f"{url}  (the page; {url}/docs the endpoints; Ctrl-C stops)"),
+        )
+    finally:
+        sock.close()
+
+
 def doctor() -> dict[str, Any]:
     """The machine, the versions, and what to fix."""
     from katei.doctor import doctor as examine

@@ -370,6 +370,58 @@ def export(
 
 
 @app.command()
+def serve(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN…", help="Run folders (all their trials) and adapter folders, of one base."),
+    ],
+    host: Annotated[
+        str, typer.Option(help="The address to bind to; any but this machine's own needs --token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any free one.")] = 8000,
+    token: Annotated[
+        str | None, typer.Option(envvar="KATEI_TOKEN", help="What requests must show: Authorization: Bearer TOKEN.")
+    ] = None,
+    model: Model = None,
+    max_rows: Annotated[int, typer.Option(help="Of one request: texts × adapters.")] = 512,
+    max_tokens: Annotated[int, typer.Option(help="Of one text.")] = 2048,
+    max_new_tokens: Annotated[int, typer.Option(help="Of one continuation.")] = 256,
+    max_body: Annotated[int, typer.Option(help="Bytes of one request.")] = 1 << 20,
+    queue_rows: Annotated[int, typer.Option(help="Rows that may wait; beyond it the answer is 429.")] = 2048,
+    queue_tokens: Annotated[int, typer.Option(help="Tokens that may wait.")] = 65536,
+    token_budget: Annotated[int, typer.Option(help="Tokens in one pass: bounds memory, never the result.")] = 1024,
+    timeout: Annotated[float, typer.Option(help="Seconds until a request is given up (504).")] = 60.0,
+    precision: Precision = "fp32",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Answer over HTTP: every adapter of the runs, mixed in one batch; and a page to try them on."""
+    from katei import api
+
+    result = api.serve(
+        runs,
+        host=host,
+        port=port,
+        token=token,
+        model=model,
+        precision=precision,
+        device=device,
+        say=_say,
+        limits={
+            "rows": max_rows,
+            "tokens": max_tokens,
+            "new_tokens": max_new_tokens,
+            "body_bytes": max_body,
+            "queue_rows": queue_rows,
+            "queue_tokens": queue_tokens,
+            "token_budget": token_budget,
+            "seconds": timeout,
+        },
+    )
+    _finish(result, as_json, lambda: print(f"{result['requests']} requests, {result['rows']} rows; stopped"))
+
+
+@app.command()
 def models(as_json: Json = False) -> None:
     """The built-in bases, and whether each is installed."""
     from katei import api

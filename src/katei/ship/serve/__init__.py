@@ -8,3 +8,16 @@
 
 Only `app` and `server` need the extra `katei[serve]`.
 """
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from katei.core.errors import UserError
+
+
+def require_extra() -> None:
+    """Raise UserError where the libraries of the extra are missing."""
+    missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise UserError(f"serving needs {' and '.join(missing)}", hint="pip install 'katei[serve]'")
