@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import psutil
@@ -149,7 +150,7 @@ class Service:
     def about(self) -> dict[str, Any]:
         limits = self.limits
         return {
-            "base": self.shelf.base.name,
+            "base": Path(self.shelf.base.name).name,  # a folder's path is nobody's business
             "generates": self.shelf.lm_head is not None,
             "adapters": [served.about() for served in self.shelf.adapters.values()],
             "limits": {

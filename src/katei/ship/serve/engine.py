@@ -240,6 +240,7 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises Busy or Stopping; then nothing of it is kept."""
+        assert job.pending, "a job without rows would never end"
         rows, tokens = len(job.pending), sum(self.tokens(row) for _, row in job.pending)
         with self._changed:
             if not self._accepting:

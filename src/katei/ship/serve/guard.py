@@ -105,7 +105,7 @@ class Guard:
             self.metrics.request_seconds.observe(time.monotonic() - started)
 
     def _refusal(self, scope: Scope) -> Answer | None:
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get("host", "")
         if self.loopback and not is_loopback(_hostname(host)):
             what = f"this server answers for this machine alone, not for the host '{host[:80]}'"

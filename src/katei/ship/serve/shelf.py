@@ -17,7 +17,7 @@ import torch
 from katei.base.folder import fingerprint
 from katei.base.load import load_base, load_causal_lm, resolve_base
 from katei.base.packed import Base
-from katei.core.errors import AdapterError, BaseError, RunError, UserError, nearest
+from katei.core.errors import AdapterError, BaseError, RecipeError, RunError, UserError, nearest
 from katei.methods.contract import Method, Stack, TrialFacts
 from katei.methods.full import Full
 from katei.methods.head_only import HeadOnlyStack
@@ -58,10 +58,14 @@ class Shelf:
     """The stack through which the base runs as it is."""
 
     def choose(self, names: str | Sequence[str] | None) -> list[Served]:
-        """The adapters meant: one name, several, or all (None, "all", or an adapter really named so). Raises AdapterError."""
+        """The adapters meant: one name, several, or all (None or "all"). Raises AdapterError for a name that is not there,
+        RecipeError for none at all.
+        """
         if names is None or (names == "all" and "all" not in self.adapters):
             return list(self.adapters.values())
         wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        if not wanted:
+            raise RecipeError("adapters names none", hint="leave it out to ask all of them")
         for name in wanted:
             if name not in self.adapters:
                 shown = name if len(name) <= 80 else name[:79] + "…"
