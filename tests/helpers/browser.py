@@ -31,8 +31,8 @@ MISSING = "no chromedriver and chromium here" if DRIVER is None or CHROMIUM is N
 
 
 class Page:
-    def __init__(self, session: str):
-        self.session = session
+    def __init__(self, session: str, language: str):
+        self.session, self.language = session, language
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -106,7 +106,7 @@ def browser(language: str = "en") -> Iterator[Page]:
                 "prefs": {"intl.accept_languages": language},
             }
             wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-            page = Page(driver_url)
+            page = Page(driver_url, language)
             page.session = (
                 f"{driver_url}/session/"
                 + page.call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
