@@ -320,6 +320,7 @@ def memory(figures: Figures, loaded: Any, texts: Sequence[str], folder: Path, re
     say(f"  {note}")
     case = f"{requests:,} requests, 8 clients, 10 adapters, tiny model"
     figures.add("memory growth", "MiB", [mebibytes[-1] - mebibytes[0]], case=case, note=note)
+    figures.add("memory growth, second half", "MiB", [mebibytes[-1] - mebibytes[2]], case=case, note=note)
 
 
 def main() -> None:
