@@ -209,6 +209,23 @@ def test_names_are_one_of_a_kind(llama: Trained, tmp_path: Path) -> None:
         load_shelf([tmp_path / "nowhere"], say=silent)
 
 
+def test_an_adapter_that_peft_saved_stands_beside_ours(llama: Trained, offline: Probabilities, tmp_path: Path) -> None:
+    """It names its base, not the base's weights: these are compared all the same."""
+    api.export(llama.run, out=tmp_path / "from-peft", trial="lora")
+    (tmp_path / "from-peft" / "katei.json").unlink()
+    shelf = load_shelf([tmp_path / "from-peft", llama.trial("ia3")], say=silent)
+    with serving(shelf) as running:
+        results = running.post("/classify", {"texts": TEXTS}).json["results"]
+    for result, lora_C, ia3_C in zip(results, offline["run/lora"], offline["run/ia3"], strict=True):
+        assert_offline(result["run/ia3"], ia3_C)
+        assert np.abs(np.array([result["from-peft"]["probabilities"][c] for c in "01"]) - lora_C).max() < TOLERANCE
+    config = tmp_path / "from-peft" / "adapter_config.json"
+    other = tiny_base_folder(tmp_path, "llama", seed=6)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(other)}))
+    with pytest.raises(AdapterError, match="stands on another base"):
+        load_shelf([tmp_path / "from-peft", llama.trial("ia3")], say=silent)
+
+
 # -------------------------------------------------------------------- generation, explanation
 
 
