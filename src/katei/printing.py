@@ -31,7 +31,7 @@ def print_study(study: Study) -> None:
     if any(trial["best_epoch"] for trial in trials):
         console.print(Text("* lowest validation loss", style="dim"))
     if any(trial["test"] for trial in trials):
-        console.print(_score_table(trials, study.results["majority_accuracy"]))
+        console.print(_score_table(trials, study.results["majority_accuracy"], console.width))
     console.print(Text(study.results["verdict"]))
     seconds, memory = study.environment["seconds"], study.environment["memory"]
     console.print(
@@ -60,11 +60,13 @@ def _epoch_table(trial: dict[str, Any]) -> Table:
     return table
 
 
-def _score_table(trials: list[dict[str, Any]], majority: float | None) -> Table:
+def _score_table(trials: list[dict[str, Any]], majority: float | None, width: int) -> Table:
     rows = next(t["test"]["rows"] for t in trials if t["test"])
-    table = Table(title=f"test, {rows} rows", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    title = f"test, {rows} rows, 95 % intervals"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.padding = (0, 1 if width >= 92 else 0)  # the narrow one fits 80 columns
     table.add_column("trial")
-    for name in ("accuracy", "95 % interval", "ROC AUC", "95 % interval", "loss", "trained", "of all"):
+    for name in ("accuracy", "interval", "ROC AUC", "interval", "loss", "trained", "of all"):
         table.add_column(name, justify="right")
     for trial in trials:
         test, counts = trial["test"], (f"{trial['trainable']:,}", f"{trial['trainable'] / trial['total']:.3%}")
@@ -87,7 +89,7 @@ def _score_table(trials: list[dict[str, Any]], majority: float | None) -> Table:
 
 
 def _interval(interval: list[float] | None) -> str:
-    return "–" if interval is None else f"{interval[0]:.3f} – {interval[1]:.3f}"
+    return "–" if interval is None else f"{interval[0]:.3f}–{interval[1]:.3f}"
 
 
 COMPARISON_WORDS = {
