@@ -26,30 +26,70 @@ _OTHER_FORMATS = (
 )
 
 
+BLOCK = 1 << 20
+
+
 def lines_of(path: Path) -> list[str]:
     """The lines of a UTF-8 file, without their LF and without the blank ones at the end."""
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if not content.strip():
-        raise empty_file(path)
+    return list(_lines(path, iter([path.read_bytes()])))
+
+
+def stream_lines(path: Path) -> Iterator[str]:
+    """The same lines and the same errors, in constant memory: a block's are checked before its first is given."""
+    return _lines(path, _blocks(path))
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            yield block
+
+
+def _lines(path: Path, blocks: Iterator[bytes]) -> Iterator[str]:
+    content = next(blocks, b"").removeprefix(b"\xef\xbb\xbf")
     for magic, what, hint in _OTHER_FORMATS:
         if content.startswith(magic):
             raise DataError(what, file=path, row=1, hint=to_type(hint, path))
+    done = 0  # lines before `content`
+    blank: list[str] = []  # held back: those at the end of the file are no rows
+    found = False
+    while content:
+        # cut behind a line break, which is never half a character
+        following, end = next(blocks, None), content.rfind(b"\n") + 1
+        if following is not None and not end:
+            content += following
+            continue
+        whole, rest = (content, b"") if following is None else (content[:end], content[end:])
+        lines = _decoded(path, whole, done).split("\n")
+        if following is not None:
+            lines.pop()  # what follows the last line break stands in `rest`
+        done += len(lines)
+        for line in lines:
+            if line and not line.isspace():
+                yield from blank
+                blank.clear()
+                found = True
+                yield line
+            else:
+                blank.append(line)
+        content = rest + (following or b"")
+    if not found:
+        raise empty_file(path)
+
+
+def _decoded(path: Path, content: bytes, done: int) -> str:
+    """Some whole lines as text; `done` stand before them."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        row = content.count(b"\n", 0, error.start) + 1
+        row = done + content.count(b"\n", 0, error.start) + 1
         what = f"not UTF-8: byte 0x{content[error.start]:02x}"
         hint = f"save it as UTF-8, or: iconv -f {_encoding(content)} -t UTF-8 FILE > NEW"
         raise DataError(what, file=path, row=row, hint=to_type(hint, path)) from None
     if "\0" in text:
-        row = text.count("\n", 0, text.index("\0")) + 1
+        row = done + text.count("\n", 0, text.index("\0")) + 1
         raise DataError("a NUL character: binary, or UTF-16", file=path, row=row, hint="save it as text in UTF-8")
-    if not text.strip():
-        raise empty_file(path)
-    lines = text.split("\n")
-    while not lines[-1].strip():
-        lines.pop()
-    return lines
+    return text
 
 
 def _encoding(content: bytes) -> str:
