@@ -7,7 +7,9 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import IO
 
 from katei.core.errors import DataError
 
@@ -45,24 +47,31 @@ def _blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
+def lines_from(file: IO[bytes], name: Path) -> Iterator[str]:
+    """The lines of a pipe, each as soon as it is there; errors call it `name`."""
+    return _lines(name, iter(lambda: file.read1(BLOCK), b""))  # type: ignore[attr-defined]
+
+
 def _lines(path: Path, blocks: Iterator[bytes]) -> Iterator[str]:
-    content = next(blocks, b"").removeprefix(b"\xef\xbb\xbf")
-    for magic, what, hint in _OTHER_FORMATS:
-        if content.startswith(magic):
-            raise DataError(what, file=path, row=1, hint=to_type(hint, path))
-    done = 0  # lines before `content`
+    done = 0  # lines given or held back
+    rest = b""
     blank: list[str] = []  # held back: those at the end of the file are no rows
     found = False
-    while content:
-        # cut behind a line break, which is never half a character
-        following, end = next(blocks, None), content.rfind(b"\n") + 1
-        if following is not None and not end:
-            content += following
+    for number, block in enumerate(chain(blocks, [None])):  # None: the end
+        if number == 0:
+            block = (block or b"").removeprefix(b"\xef\xbb\xbf")
+            for magic, what, hint in _OTHER_FORMATS:
+                if block.startswith(magic):
+                    raise DataError(what, file=path, row=1, hint=to_type(hint, path))
+        # cut behind the last line break, which is never half a character
+        end = block.rfind(b"\n") + 1 if block is not None else 0
+        if block is not None and not end:
+            rest += block
             continue
-        whole, rest = (content, b"") if following is None else (content[:end], content[end:])
-        lines = _decoded(path, whole, done).split("\n")
-        if following is not None:
+        lines = _decoded(path, rest if block is None else rest + block[:end], done).split("\n")
+        if block is not None:
             lines.pop()  # what follows the last line break stands in `rest`
+            rest = block[end:]
         done += len(lines)
         for line in lines:
             if line and not line.isspace():
@@ -72,7 +81,6 @@ def _lines(path: Path, blocks: Iterator[bytes]) -> Iterator[str]:
                 yield line
             else:
                 blank.append(line)
-        content = rest + (following or b"")
     if not found:
         raise empty_file(path)
 

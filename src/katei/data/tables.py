@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from katei.core.errors import DataError
 from katei.data.columns import choose_text_column, one_column_hint
 from katei.data.lines import (
     carriage_return,
     empty_file,
+    lines_from,
     lines_of,
     not_found,
     reading,
@@ -96,6 +97,16 @@ def open_source(path: Path) -> Source:
     """The rows of one file, one by one; the columns are known at once (of JSONL, after a first pass over it)."""
     with reading(path):
         return SOURCES[_readable(path)](path)
+
+
+def pipe_source(file: IO[bytes], *, table: bool) -> Source:
+    """The rows of a pipe, which can be read once: a text a line, or with `table` a .tsv with a header. Waits for that."""
+    name = Path("stdin")
+    lines = lines_from(file, name)
+    if not table:
+        return Source(str(name), ("text",), lambda: ((n, [line.removesuffix("\r")]) for n, line in enumerate(lines, 1)))
+    rows = _tsv_rows(name, lines)
+    return Source(str(name), tuple(str(column) for column in next(rows)[1]), lambda: rows)
 
 
 def _readable(path: Path) -> str:

@@ -51,9 +51,14 @@ def line_writer(kind: str, columns: Fields) -> Callable[[Fields], str]:
 
 def check_tsv_fields(fields: Fields, file: str | Path, row: int, out: Path) -> None:
     """Raise DataError, which names `row` of `file`, for a field that the .tsv file `out` has no place for."""
-    if any(_BREAK.search(field) for field in fields):
+    if has_break(fields):
         hint = f"write --out {out.with_suffix('.csv').name} or {out.with_suffix('.jsonl').name}"
         raise DataError("a tab or line break inside a field has no place in a .tsv", file=file, row=row, hint=hint)
+
+
+def has_break(fields: Fields) -> bool:
+    """Some field holds a tab or a line break, for which a .tsv has no place."""
+    return any(_BREAK.search(field) for field in fields)
 
 
 def write_parquet(path: Path, columns: Fields, rows: Iterable[Fields], *, rows_per_group: int) -> None:
