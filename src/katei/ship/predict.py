@@ -58,7 +58,8 @@ def predict_texts(
 
 def token_ids(base: Base, texts: Sequence[str], max_length: int) -> list[list[int]]:
     """Token ids of many texts in one call. Raises BaseError for a token that the base has no embedding for."""
-    ids: list[list[int]] = base.tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    short = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
+    ids: list[list[int]] = base.tokenizer(list(texts), **short)["input_ids"]
     for row in ids:
         if max(row, default=0) >= base.vocabulary:
             check_ids(row, base.vocabulary, base.tokenizer)
