@@ -29,6 +29,7 @@ _OTHER_FORMATS = (
 
 
 BLOCK = 1 << 20
+_BOM = b"\xef\xbb\xbf"
 
 
 def lines_of(path: Path) -> list[str]:
@@ -57,21 +58,21 @@ def _lines(path: Path, blocks: Iterator[bytes]) -> Iterator[str]:
     rest = b""
     blank: list[str] = []  # held back: those at the end of the file are no rows
     found = False
-    for number, block in enumerate(chain(blocks, [None])):  # None: the end
-        if number == 0:
-            block = (block or b"").removeprefix(b"\xef\xbb\xbf")
+    for block in chain(blocks, [None]):  # None: the end
+        content = rest if block is None else rest + block
+        if not done:
+            content = content.removeprefix(_BOM)
             for magic, what, hint in _OTHER_FORMATS:
-                if block.startswith(magic):
+                if content.startswith(magic):
                     raise DataError(what, file=path, row=1, hint=to_type(hint, path))
         # cut behind the last line break, which is never half a character
-        end = block.rfind(b"\n") + 1 if block is not None else 0
+        end = len(content) if block is None else content.rfind(b"\n") + 1
+        rest = content[end:]
         if block is not None and not end:
-            rest += block
             continue
-        lines = _decoded(path, rest if block is None else rest + block[:end], done).split("\n")
+        lines = _decoded(path, content[:end], done).split("\n")
         if block is not None:
-            lines.pop()  # what follows the last line break stands in `rest`
-            rest = block[end:]
+            lines.pop()  # behind the last line break
         done += len(lines)
         for line in lines:
             if line and not line.isspace():
