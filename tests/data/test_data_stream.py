@@ -121,7 +121,7 @@ def test_what_is_refused_whole_is_refused_row_by_row(bad: Bad, tmp_path: Path, m
 def test_memory_does_not_grow_with_the_file(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "BLOCK", 1 << 14)
     path = tmp_path / f"a.{kind}"
-    texts = [f"{i} and some words that are long enough to be seen" for i in range(60_000)]
+    texts = [f"{i} and some words that are long enough to be seen" for i in range(20_000)]
     match kind:
         case "tsv":
             path.write_text("text\tlabel\n" + "".join(f"{text}\t0\n" for text in texts))
@@ -136,7 +136,7 @@ def test_memory_does_not_grow_with_the_file(kind: str, tmp_path: Path, monkeypat
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert count == len(texts)
-    assert peak < 1 << 20  # whole, they take about 10 MiB
+    assert peak < 1 << 20  # whole, they take more than 3 MiB
 
 
 def test_a_source_is_read_as_often_as_asked(tmp_path: Path) -> None:
