@@ -5,8 +5,8 @@
 The model is tiny and random (two layers of width 64), so that what is measured is everything around it: reading, checking, tokens,
 packing, writing. One call goes through undisturbed, its resident memory noted on the way; another is killed (SIGKILL) at random
 moments and typed again each time. Stops with an error where a byte of the two outputs differs, or where memory grew by more
-than 5 % after the first quarter. (Not with --quick: in the first tens of thousands of rows oneDNN is still making and keeping
-kernels for each length of a pass; there are at most as many as a pass has tokens.)
+than 5 % after the first quarter. (Not with --quick: over the first tens of thousands of rows it rises to where it stays,
+about half of that kernels which oneDNN keeps for each length of a pass.)
 """
 
 from __future__ import annotations
