@@ -25,7 +25,7 @@ ROWS = (
     ("progress",),
     ("printing",),
     ("api",),
-    ("cli",),
+    ("cli", "sklearn"),
 )
 ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from katei.core.errors import AdapterError, RecipeError
 
@@ -142,21 +142,73 @@ def predict(
     model: str | None = None,
     precision: str = "fp32",
     device: str = "auto",
+    calibrated: bool = False,
+    abstain: float | None = None,
+    top_k: int | None = None,
+    save_seconds: float | None = None,
+    tick: Callable[[int, int], None] = lambda done, rows: None,
     say: Callable[[str], None] = _silent,
 ) -> dict[str, Any]:
-    """Classify every row of a TSV, CSV, JSONL or parquet file. Returns `rows`, `out` and `seconds`."""
+    """Classify every row of a TSV, CSV, JSONL or parquet file of any size, in constant memory.
+
+    Returns `rows`, `out` and `seconds` (and `abstained`, with `abstain`). Killed, the same call goes on and ends with the same bytes.
+    `calibrated` applies the temperature of the adapter's validation rows; below a probability of `abstain` there is no prediction;
+    `top_k` adds the likeliest labels in their order. `tick` is called with the rows done and the rows in all.
+    """
     import time
 
-    from katei.ship.adapters import adapter_folder, note_of, open_adapter
-    from katei.ship.predict import check_input, default_out, predict_table
+    from katei.ship.adapters import adapter_digest, adapter_folder, note_of, open_adapter
+    from katei.ship.answers import answers_of
+    from katei.ship.partial import SAVE_SECONDS
+    from katei.ship.predict import check_input, default_out, predict_file
 
     started = time.perf_counter()
     folder = adapter_folder(Path(run), trial)
+    note = note_of(folder)
+    answers = answers_of(folder, note, calibrated=calibrated, abstain=abstain, top_k=top_k)
     target = Path(out) if out is not None else default_out(Path(file))
-    table = check_input(Path(file), target, note_of(folder), text)
+    job = check_input(Path(file), target, note, text, answers)
     base, stack, note = open_adapter(folder, model=model, precision=precision, device=device, say=say)
-    rows = predict_table(base, stack, note, table, target)
-    return {"rows": rows, "out": str(target), "seconds": round(time.perf_counter() - started, 3)}
+    save = SAVE_SECONDS if save_seconds is None else save_seconds
+    digest = adapter_digest(folder)
+    counts = predict_file(base, stack, note, job, answers, adapter=digest, save_seconds=save, tick=tick, say=say)
+    abstained = {} if abstain is None else {"abstained": counts["abstained"]}
+    seconds = round(time.perf_counter() - started, 3)
+    return {"rows": counts["rows"], "out": str(target), "seconds": seconds, **abstained}
+
+
+def predict_pipe(
+    run: PathLike,
+    source: IO[bytes],
+    sink: IO[bytes],
+    *,
+    format: str = "tsv",
+    trial: str | None = None,
+    text: str | None = None,
+    model: str | None = None,
+    precision: str = "fp32",
+    device: str = "auto",
+    calibrated: bool = False,
+    abstain: float | None = None,
+    top_k: int | None = None,
+    tick: Callable[[int, int], None] = lambda done, rows: None,
+    say: Callable[[str], None] = _silent,
+) -> dict[str, Any]:
+    """Classify a pipe's rows as they come: a text a line, or with `text` (a column) TSV with a header. Writes `tsv` or `jsonl`."""
+    import time
+
+    from katei.ship.adapters import adapter_folder, note_of, open_adapter
+    from katei.ship.answers import answers_of
+    from katei.ship.pipe import check_format
+    from katei.ship.pipe import predict_pipe as answer
+
+    started = time.perf_counter()
+    check_format(format)
+    folder = adapter_folder(Path(run), trial)
+    answers = answers_of(folder, note_of(folder), calibrated=calibrated, abstain=abstain, top_k=top_k)
+    base, stack, note = open_adapter(folder, model=model, precision=precision, device=device, say=say)
+    rows = answer(base, stack, note, source, sink, answers, text=text, format=format, tick=tick)
+    return {"rows": rows, "out": "-", "seconds": round(time.perf_counter() - started, 3)}
 
 
 def generate(

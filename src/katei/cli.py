@@ -268,24 +268,57 @@ def evaluate(
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="A run folder, one of its trials, or an adapter peft saved.")],
-    file: Annotated[Path, typer.Argument(help="Rows to classify: .tsv, .csv, .jsonl or .parquet.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="Rows to classify, of any number: .tsv, .csv, .jsonl or .parquet; or - for stdin, a text a line, answered "
+            "on stdout as it comes (with --text, TSV with a header)."
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Where the predictions go [FILE.predictions.EXT]; its ending is the format.")
     ] = None,
     trial: TrialName = None,
     text: TextColumn = None,
     model: Model = None,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="Probabilities at the temperature of the validation rows.")
+    ] = False,
+    abstain: Annotated[
+        float | None, typer.Option(help="Leave prediction empty where no class has this probability.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Add the likeliest labels in their order: top_1, top_1_probability, …")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="With -: tsv or jsonl [tsv].")] = None,
     precision: Precision = "fp32",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Classify rows: the input's columns, then prediction and one probability per class."""
+    """Classify rows: the input's columns, then prediction and one probability per class. Killed, the same command goes on."""
     from katei import api
+    from katei.progress import RowsWatcher
 
-    result = api.predict(
-        run, file, out=out, trial=trial, text=text, model=model, precision=precision, device=device, say=_say
-    )
-    _finish(result, as_json, lambda: print(f"{result['rows']} rows → {result['out']} in {result['seconds']:.1f} s"))
+    common: dict[str, Any] = {"trial": trial, "text": text, "model": model, "precision": precision, "device": device}
+    common |= {"calibrated": calibrated, "abstain": abstain, "top_k": top_k, "say": _say}
+    piped = str(file) == "-"
+    if piped and out is not None:
+        raise RecipeError(
+            "with - the answers go to stdout, not to --out", hint=f"katei predict {run} - < TEXTS > {out}"
+        )
+    if format is not None and not piped:
+        raise RecipeError("--format is for - (stdin to stdout)", hint="the ending of --out is the format of a file")
+    with RowsWatcher(_console()) as watcher:
+        if piped:
+            result = api.predict_pipe(
+                run, sys.stdin.buffer, sys.stdout.buffer, format=format or "tsv", tick=watcher.tick, **common
+            )
+        else:
+            result = api.predict(run, file, out=out, tick=watcher.tick, **common)
+    line = f"{result['rows']} rows → {result['out']} in {result['seconds']:.1f} s"
+    if "abstained" in result:
+        line += f", {result['abstained']} without a prediction"
+    _finish(result, as_json, lambda: _say(line) if piped else print(line))
 
 
 @app.command()

@@ -12,6 +12,7 @@ Full fine-tuning has no adapter: its folder is a model (`katei.ship.models`), wi
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,6 +84,8 @@ class AdapterNote:
     text_column: str
     training: dict[str, Any]
     katei: str = __version__
+    temperature: float | None = None
+    """Of its probabilities, fitted on rows it was not trained on (`katei.core.calibration`); None where nobody did."""
 
 
 @dataclass(frozen=True)
@@ -322,6 +325,8 @@ def read_note(folder: Path) -> AdapterNote | None:
         )
     if note.max_length < 1:
         raise AdapterError(f"max_length is {note.max_length}, but it counts tokens", file=path, hint=whole)
+    if note.temperature is not None and not 0 < note.temperature < math.inf:
+        raise AdapterError(f"temperature is {note.temperature}, but it must be positive", file=path, hint=whole)
     return note
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,15 @@ def adapter_folder(run: Path, trial: str | None = None) -> Path:
 def note_of(folder: Path) -> AdapterNote:
     """What is known of an adapter, whose files are checked, without loading its base."""
     return _full_note(folder) or read_adapter(folder).note
+
+
+def adapter_digest(folder: Path) -> str:
+    """sha256 of an adapter's (or full model's) files: what it computes, and under which labels."""
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        with file.open("rb") as content:
+            digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def rows_to_compare(run: Path, data: str | Path | None, note: AdapterNote, most: int = 64) -> list[str]:
