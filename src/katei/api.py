@@ -200,43 +200,80 @@ def merge(
     *,
     out: PathLike,
     trial: str | None = None,
+    kind: str | None = None,
+    precision: str = "fp32",
     data: PathLike | None = None,
     model: str | None = None,
     device: str = "auto",
     say: Callable[[str], None] = _silent,
 ) -> dict[str, Any]:
-    """Fold an adapter into its base: a plain `AutoModelForSequenceClassification` folder, compared with the adapter on rows.
+    """Fold an adapter into its base: a plain `transformers` folder, compared with the adapter on rows.
 
+    `kind` is sequence-classification or causal-lm (the adapter's head is left out); without it, what the adapter was trained for.
     The rows are those of `data`, or the run's own test (valid, train) rows. Raises CannotMerge for prompts and the like.
     """
     from katei.methods.saved import read_adapter
-    from katei.ship.adapters import adapter_folder, open_base_of, rows_to_compare
-    from katei.ship.models import check_mergeable, merge_adapter
+    from katei.ship.adapters import adapter_folder, open_base_of, open_causal_lm_of, read_any, rows_to_compare
+    from katei.ship.models import check_mergeable, merge_adapter, merged_kind
 
     folder = adapter_folder(Path(run), trial)
-    saved = read_adapter(folder)
-    check_mergeable(saved, Path(out))
+    saved = read_any(folder) if kind == "causal-lm" else read_adapter(folder, headless=True)
+    check_mergeable(saved, Path(out), precision)
+    kind = merged_kind(saved, kind)
     texts = rows_to_compare(Path(run), data, saved.note)
-    base = open_base_of(saved, model=model, precision="fp32", device=device, say=say)
+    causal_lm = None
+    if kind == "causal-lm":
+        base, causal_lm = open_causal_lm_of(saved, model=model, device=device, say=say)
+        if not saved.generates:
+            say("the adapter's head is left out: a causal LM has no place for it")
+    else:
+        base = open_base_of(saved, model=model, precision="fp32", device=device, say=say)
     rows = [base.tokenize(text, saved.note.max_length) for text in texts]
-    agreement = merge_adapter(saved, base, Path(out), rows, say)
-    change = {"labels": agreement.labels, "max_probability_change": agreement.max_probability_change}
-    return {
-        "out": str(out),
-        "format": "transformers",
-        "agreement": {**change, "mean_probability_change": agreement.mean_probability_change, "rows": agreement.rows},
-    }
+    agreement = merge_adapter(saved, base, Path(out), rows, say, causal_lm=causal_lm, precision=precision)
+    return {"out": str(out), "format": "transformers", "kind": kind, "agreement": asdict(agreement)}
 
 
-def export(run: PathLike, *, out: PathLike, format: str = "peft", trial: str | None = None) -> dict[str, Any]:
-    """Write an adapter in another tool's format; `peft` is the format it is kept in."""
-    from katei.ship.adapters import adapter_folder
-    from katei.ship.export import export_peft
+def export(
+    run: PathLike | None = None,
+    *,
+    out: PathLike,
+    format: str = "peft",
+    trial: str | None = None,
+    precision: str = "fp16",
+    data: PathLike | None = None,
+    model: str | None = None,
+    say: Callable[[str], None] = _silent,
+) -> dict[str, Any]:
+    """Write an adapter in another tool's format: `peft` (the one it is kept in), `gguf` (merged, for llama.cpp), `gguf-lora`.
 
-    if format != "peft":
-        raise AdapterError(f"no export to '{format}'", hint="--format peft")
-    export_peft(adapter_folder(Path(run), trial), Path(out))
-    return {"out": str(out), "format": "peft", "agreement": None}
+    Without a run, `gguf` writes the base `model` alone. `precision` is that of a whole GGUF's weights.
+    """
+    from katei.ship import export as formats
+    from katei.ship.adapters import adapter_folder, open_base_of, open_causal_lm_of, read_any, rows_to_compare
+
+    if format not in formats.FORMATS:
+        raise AdapterError(f"no export to '{format}'", hint=f"--format one of: {', '.join(formats.FORMATS)}")
+    agreement = None
+    if run is None:
+        if model is None or format != "gguf":
+            raise AdapterError(
+                "no run given", hint=f"katei export RUN --format {format}; a base alone: --model BASE --format gguf"
+            )
+        formats.export_base_gguf(model, Path(out), say, precision=precision)
+    elif format == "peft":
+        formats.export_peft(adapter_folder(Path(run), trial), Path(out))
+    else:
+        saved = read_any(adapter_folder(Path(run), trial))
+        formats.check_gguf(saved, format, precision, Path(out))
+        if format == "gguf-lora":
+            base = open_base_of(saved, model=model, precision="fp32", device="cpu", say=say)
+            formats.export_gguf_lora(saved, base, Path(out))
+        else:
+            texts = rows_to_compare(Path(run), data, saved.note)
+            base, causal_lm = open_causal_lm_of(saved, model=model, device="cpu", say=say)
+            rows = [base.tokenize(text, saved.note.max_length) for text in texts]
+            agreement = asdict(formats.export_gguf(saved, base, causal_lm, Path(out), rows, say, precision=precision))
+    return {"out": str(out), "format": format, "agreement": agreement}
 
 
 def doctor() -> dict[str, Any]:

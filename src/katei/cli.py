@@ -340,6 +340,11 @@ def merge(
     run: Annotated[Path, typer.Argument(help="A run folder, one of its trials, or an adapter peft saved.")],
     out: Annotated[Path, typer.Option(help="The new model's folder.")],
     trial: TrialName = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--as", help="sequence-classification or causal-lm (without the head) [what it was trained for]."),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Of the weights: fp32, fp16 or bf16. Computed in fp32.")] = "fp32",
     data: Annotated[str | None, typer.Option(help="Rows to compare the merged model on [the run's own].")] = None,
     model: Model = None,
     device: Device = "auto",
@@ -348,25 +353,33 @@ def merge(
     """Fold LoRA, AdaLoRA or (IA)³ into the base's weights, and check that the merged model answers the same."""
     from katei import api
 
-    result = api.merge(run, out=out, trial=trial, data=data, model=model, device=device, say=_say)
-    a = result["agreement"]
-    line = f"{a['labels']:.1%} of {a['rows']} rows get the same label; largest change of a probability {a['max_probability_change']:.1e}"
-    _finish(result, as_json, lambda: print(f"merged into {result['out']}: {line}"))
+    result = api.merge(
+        run, out=out, trial=trial, kind=kind, precision=precision, data=data, model=model, device=device, say=_say
+    )
+    _finish(result, as_json, lambda: print(f"merged into {result['out']}: {_agreement(result)}"))
 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder or one of its trials.")],
     out: Annotated[Path, typer.Option(help="The new folder.")],
-    format: Annotated[str, typer.Option(help="peft.")] = "peft",
+    run: Annotated[Path | None, typer.Argument(help="A run folder or one of its trials.")] = None,
+    format: Annotated[
+        str, typer.Option(help="peft; gguf (merged, for llama.cpp); gguf-lora (LoRA or AdaLoRA alone, for llama.cpp).")
+    ] = "peft",
     trial: TrialName = None,
+    precision: Annotated[str, typer.Option(help="Of a whole GGUF's weights: fp16 or fp32.")] = "fp16",
+    data: Annotated[str | None, typer.Option(help="Rows to compare a GGUF on [the run's own].")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The adapter's base; without RUN, the base to write as a GGUF.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write an adapter for another tool."""
     from katei import api
 
-    result = api.export(run, out=out, format=format, trial=trial)
-    _finish(result, as_json, lambda: print(f"{result['format']} adapter in {result['out']}"))
+    result = api.export(run, out=out, format=format, trial=trial, precision=precision, data=data, model=model, say=_say)
+    more = f": {_agreement(result)}" if result["agreement"] else ""
+    _finish(result, as_json, lambda: print(f"{result['format']} in {result['out']}{more}"))
 
 
 @app.command()
@@ -448,6 +461,12 @@ def _check_together(context: typer.Context, from_file: bool, own: tuple[str, ...
     if wrong:
         hint = f"katei compare --from FILE {wrong[0]} …"
         raise RecipeError(f"{', '.join(wrong)} belongs to --from FILE", hint=hint)
+
+
+def _agreement(result: dict[str, Any]) -> str:
+    a, token = result["agreement"], result.get("kind") == "causal-lm"
+    same = f"{a['labels']:.1%} of {a['rows']} rows get the same {'likeliest next token' if token else 'label'}"
+    return f"{same}; largest change of a probability {a['max_probability_change']:.1e}"
 
 
 def _finish(result: dict[str, Any], as_json: bool, show: Any) -> None:

@@ -59,7 +59,7 @@ def test_a_merge_that_answers_otherwise_is_refused_and_leaves_nothing(
 ) -> None:
     honest = models._plain_probabilities
 
-    def off(folder: Path, rows: object) -> object:
+    def off(folder: Path, rows: object, causal: bool = False) -> object:
         return honest(folder, rows)[:, ::-1]  # type: ignore[arg-type]
 
     monkeypatch.setattr(models, "_plain_probabilities", off)

@@ -160,7 +160,12 @@ def check_written(file: Path, expected: Iterator[tuple[str, NDArray[Any]]]) -> i
     found, count = read_tensors(file), 0
     for name, value in expected:
         there = found.get(name)
-        if there is None or there.shape != value.shape or there.dtype != value.dtype or not np.array_equal(there, value):
+        if (
+            there is None
+            or there.shape != value.shape
+            or there.dtype != value.dtype
+            or not np.array_equal(there, value)
+        ):
             raise AdapterError(f"{name} is not in the file as it was written", file=file, hint="is the disk full?")
         count += 1
     return count
@@ -188,7 +193,7 @@ def _as_llama_cpp(arch: Architecture, config: Any, name: str, weight: Tensor) ->
 
 def neighbours(weight: Tensor, heads: int) -> Tensor:
     """Rows of each head from two halves (0 1 2 … | 0' 1' 2' …) to pairs of neighbours (0 0' 1 1' …)."""
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return torch.unflatten(weight, 0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def _add_shape(writer: Any, config: Any) -> None:
@@ -247,4 +252,6 @@ def _finish(writer: Any) -> None:
 
 
 def _refused(why: str) -> BaseError:
-    return BaseError(f"this base cannot be written as a GGUF: {why}", hint="`katei merge` writes a transformers folder of any base")
+    return BaseError(
+        f"this base cannot be written as a GGUF: {why}", hint="`katei merge` writes a transformers folder of any base"
+    )

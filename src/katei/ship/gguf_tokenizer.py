@@ -114,11 +114,15 @@ def _scores(model: Mapping[str, Any], tokens: list[str], types: list[int]) -> tu
     Also the words of several characters that no merge gives: llama.cpp would join them, the tokenizer never does.
     """
     rank_of: dict[str, int] = {}
-    for rank, (left, right) in enumerate(pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]):
+    for rank, (left, right) in enumerate(
+        pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]
+    ):
         rank_of.setdefault(left + right, rank)
     scores = [float(-rank_of.get(token, len(rank_of))) for token in tokens]
     unreachable = [
-        token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL and len(token) > 1 and token not in rank_of
+        token
+        for token, kind in zip(tokens, types, strict=True)
+        if kind == NORMAL and len(token) > 1 and token not in rank_of
     ]
     return scores, unreachable
 
@@ -126,13 +130,19 @@ def _scores(model: Mapping[str, Any], tokens: list[str], types: list[int]) -> tu
 def _space_in_front(described: Mapping[str, Any]) -> bool:
     """Whether a space is put before every text, of a tokenizer that writes ▁ for spaces and does nothing else to a text."""
     normalizer = described.get("normalizer")
-    steps = normalizer["normalizers"] if (normalizer or {}).get("type") == "Sequence" else [normalizer] if normalizer else []
+    steps = (
+        normalizer["normalizers"]
+        if (normalizer or {}).get("type") == "Sequence"
+        else [normalizer]
+        if normalizer
+        else []
+    )
     to_underline = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     prepend = {"type": "Prepend", "prepend": "▁"}
-    pre = described.get("pre_tokenizer")
-    if (pre or {}).get("type") == "Metaspace" and not steps:
-        return bool(pre["prepend_scheme"] != "never")  # type: ignore[index]
-    splits_at_spaces = pre is None or (pre.get("type") == "Split" and pre.get("pattern") == {"String": " "})
+    pre = described.get("pre_tokenizer") or {}
+    if pre.get("type") == "Metaspace" and not steps:
+        return bool(pre["prepend_scheme"] != "never")
+    splits_at_spaces = not pre or (pre.get("type") == "Split" and pre.get("pattern") == {"String": " "})
     if steps in ([to_underline], [prepend, to_underline]) and splits_at_spaces:  # no space is left to split at
         return len(steps) == 2
     raise _refused("its tokenizer changes a text before cutting it in a way llama.cpp does not know")
@@ -156,7 +166,9 @@ def _cutting_rule(described: Mapping[str, Any]) -> str:
             name, skips = CUTTING_RULES.get(steps[0]["pattern"].get("Regex", ""), ("", False))
             if name and skips == whole_words:
                 return name
-    raise _refused("its tokenizer cuts words by a rule this file has no name of llama.cpp's for (it knows gpt-2, smollm, llama-bpe, qwen2)")
+    raise _refused(
+        "its tokenizer cuts words by a rule this file has no name of llama.cpp's for (it knows gpt-2, smollm, llama-bpe, qwen2)"
+    )
 
 
 def _merge(pair: str | list[str]) -> str:
