@@ -33,7 +33,7 @@ def adapter_folder(run: Path, trial: str | None = None) -> Path:
             file=run,
             hint="a folder with trials/ or adapter_config.json in it",
         )
-    names = sorted(path.name for path in trials.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = trial_names(run)
     if trial is not None:
         if trial not in names:
             raise RunError(f"has no trial named '{trial}'", file=run, hint=nearest(trial, names))
@@ -41,6 +41,13 @@ def adapter_folder(run: Path, trial: str | None = None) -> Path:
     if len(names) != 1:
         raise RunError(f"has {len(names)} trials", file=run, hint=f"--trial one of: {', '.join(names)}")
     return trials / names[0]
+
+
+def trial_names(run: Path) -> list[str]:
+    """The trials of a run folder; none for an adapter's own folder."""
+    trials = run / "trials"
+    found = trials.iterdir() if trials.is_dir() else []
+    return sorted(path.name for path in found if path.is_dir() and not path.name.startswith("."))
 
 
 def note_of(folder: Path) -> AdapterNote:

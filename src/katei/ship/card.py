@@ -15,48 +15,32 @@ def model_card(note: AdapterNote, kind: str, agreement: Mapping[str, Any], run: 
     results, recipe = _read(run)
     trial: dict[str, Any] = next((t for t in results.get("trials", []) if t["name"] == note.name), {})
     classifies = kind == "sequence-classification"
-    front = [
-        "---",
-        "library_name: transformers",
-        f"pipeline_tag: {'text-classification' if classifies else 'text-generation'}",
-    ]
-    front += ["tags:", "- katei", f"- {note.method}", "---"]
-    about = f"`{note.base or 'its base'}` with {_article(note.method)} adapter ({note.method}) folded into its weights by katei {note.katei}."
-    lines = [*front, "", f"# {note.name}", "", about]
-    if classifies:
-        lines += [
-            "",
-            f"It classifies texts of up to {note.max_length} tokens: " + ", ".join(f"`{x}`" for x in note.labels) + ".",
-        ]
-    else:
-        lines += ["", "It continues texts." + (" The classifier's head was left out." if note.labels else "")]
-    lines += [
-        "",
-        "```python",
-        "from transformers import pipeline",
-        "",
-        f'model = pipeline("{"text-classification" if classifies else "text-generation"}", "THIS FOLDER")',
-        "```",
-    ]
-    lines += ["", "## Data and recipe", ""]
-    lines += (
-        [
-            f"- data: `{recipe['data']}`"
-            + (f", {note.training['rows']} training rows" if "rows" in note.training else "")
-        ]
-        if recipe.get("data")
-        else []
-    )
-    lines += [f"- {key}: {_value(value)}" for key, value in {**note.settings, **note.training}.items()]
-    lines += ["", "## Scores", ""] + _scores(trial, results, classifies)
+    task = "text-classification" if classifies else "text-generation"
+    data = [f"- data: `{recipe['data']}`"] if recipe.get("data") else []
     a = agreement
-    what = "get the same label" if classifies else "get the same likeliest next token"
-    lines += [
+    lines = [
+        *("---", "library_name: transformers", f"pipeline_tag: {task}", "tags:", "- katei", f"- {note.method}", "---"),
+        *("", f"# {note.name}", ""),
+        f"`{note.base or 'A base'}` and what {note.method} trained on it, in one: merged by katei {note.katei}.",
         "",
-        "## Merged against adapter",
-        "",
-        f"Weights in {precision}, computed in fp32 and rounded once. On {a['rows']} rows, {a['labels']:.1%} {what} from this model as from "
-        f"the adapter beside its base; the largest change of a probability is {a['max_probability_change']:.1e}, the mean {a['mean_probability_change']:.1e}.",
+        f"It classifies texts of up to {note.max_length} tokens: {', '.join(f'`{label}`' for label in note.labels)}."
+        if classifies
+        else "It continues texts." + (" The classifier's head was left out." if note.labels else ""),
+        *(
+            "",
+            "```python",
+            "from transformers import pipeline",
+            "",
+            f'model = pipeline("{task}", "THIS FOLDER")',
+            "```",
+        ),
+        *("", "## Data and recipe", "", *data),
+        *(f"- {key}: {_value(value)}" for key, value in {**note.settings, **note.training}.items()),
+        *("", "## Scores", "", *_scores(trial, results, classifies)),
+        *("", "## Merged against adapter", ""),
+        f"Weights in {precision}, computed in fp32 and rounded once. Of {a['rows']} rows, {a['labels']:.1%} get the same "
+        f"{'label' if classifies else 'likeliest next token'} from this model as from the adapter beside its base;",
+        f"the largest change of a probability is {a['max_probability_change']:.1e}, the mean {a['mean_probability_change']:.1e}.",
         "",
     ]
     return "\n".join(lines)
@@ -107,10 +91,6 @@ def _read(run: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
         except (OSError, ValueError):
             pass
     return results, recipe
-
-
-def _article(method: str) -> str:
-    return "an" if method[0] in "aeiou" else "a"
 
 
 def _value(value: Any) -> str:

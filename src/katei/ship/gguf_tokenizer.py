@@ -130,13 +130,9 @@ def _scores(model: Mapping[str, Any], tokens: list[str], types: list[int]) -> tu
 def _space_in_front(described: Mapping[str, Any]) -> bool:
     """Whether a space is put before every text, of a tokenizer that writes ▁ for spaces and does nothing else to a text."""
     normalizer = described.get("normalizer")
-    steps = (
-        normalizer["normalizers"]
-        if (normalizer or {}).get("type") == "Sequence"
-        else [normalizer]
-        if normalizer
-        else []
-    )
+    steps: list[Any] = []
+    if normalizer:
+        steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
     to_underline = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     prepend = {"type": "Prepend", "prepend": "▁"}
     pre = described.get("pre_tokenizer") or {}
