@@ -85,13 +85,18 @@ class Runtime:
         tokens: list[int] = self.ask("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
         return tokens
 
-    def log_probabilities(self, ids: Sequence[int], vocabulary: int, said: int) -> NDArray[np.float64]:
-        """Of every token after `ids`. The server is made to say the token `said`: for half a character it would not answer."""
+    def log_probabilities(
+        self, ids: Sequence[int], vocabulary: int, said: int, likeliest: int | None = None
+    ) -> NDArray[np.float64]:
+        """Of every token after `ids`, or of the likeliest, NaN elsewhere.
+
+        The server is made to say the token `said`: for half a character it would not answer.
+        """
         answer = self.ask(
             "/completion",
             prompt=list(ids),
             n_predict=1,
-            n_probs=vocabulary,
+            n_probs=likeliest or vocabulary,
             logit_bias=[[said, 1000.0]],
             temperature=0.0,
             cache_prompt=False,
