@@ -41,7 +41,7 @@ class JudgedToken:
 class Memorised:
     """A text as the base expected it. Its first token is left out where nothing stands before it."""
 
-    tokens: tuple[JudgedToken, ...]
+    tokens: list[JudgedToken]
     nats_per_token: float
     perplexity: float
     rank_1: float
@@ -82,7 +82,7 @@ def judge(base: Base, lm_head: Any, ids: Sequence[int], voice: Stack | None = No
             ranks += ((scores_TV > own_T1).sum(1) + 1).tolist()
             firsts += (scores_TV.argmax(1) == next_T).tolist()
     words = [base.tokenizer.decode([token]) for token in ids[1:]]
-    tokens = tuple(JudgedToken(*judged) for judged in zip(words, log_ps, ranks, firsts, strict=True))
+    tokens = [JudgedToken(*judged) for judged in zip(words, log_ps, ranks, firsts, strict=True)]
     start, length = _longest(firsts)
     before = base.tokenizer.decode(ids[: 1 + start], skip_special_tokens=True)
     whole = base.tokenizer.decode(ids[: 1 + start + length], skip_special_tokens=True)
