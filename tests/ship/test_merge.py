@@ -127,9 +127,8 @@ def test_as_a_causal_lm_it_continues_as_the_adapter_does(trained: Trained, name:
         plain = AutoModelForCausalLM.from_pretrained(trained.base, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     rows = [tokenizer(text)["input_ids"] for text in TEXTS]
-    assert max(np.abs(next_token(model, ids) - next_token(plain, ids)).max() for ids in rows) > 1e-3, (
-        "nothing was merged"
-    )
+    moved = [np.abs(np.log(next_token(model, ids)) - np.log(next_token(plain, ids))).max() for ids in rows]
+    assert max(moved) > 0.02, "nothing was merged"
     if name != "full":
         theirs = api.generate(TEXTS[:3], model=str(tmp_path / "merged"), new_tokens=8)
         assert theirs == api.generate(TEXTS[:3], run=trained.run, trial=name, new_tokens=8)
