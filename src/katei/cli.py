@@ -341,7 +341,8 @@ def generate(
         )
     trials = None if trial is None else [name.strip() for name in trial.split(",")]
     continuing = Continuing(
-        prompts, alone=len(prompts) == 1 and (trials is None or (len(trials) == 1 and trials != ["all"]))
+        [f"{prompt}\n" for prompt in prompts] if chat else prompts,
+        alone=len(prompts) == 1 and (trials is None or (len(trials) == 1 and trials != ["all"])),
     )
     pairs = api.continuations(
         prompts,
