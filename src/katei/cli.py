@@ -324,11 +324,20 @@ def predict(
 @app.command()
 def generate(
     prompts: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(help="One or more prompts; with --model alone, nothing else. A run folder may come first."),
-    ],
+    ] = None,
     model: Model = None,
-    trial: TrialName = None,
+    trial: Annotated[
+        str | None,
+        typer.Option("--trial", help="Which trials of a run, side by side: lora,ia3; base is the base alone; all."),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Prompts are a user's messages: use the chat template.")] = False,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this word. Repeatable.")] = None,
+    memorised: Annotated[
+        str | None,
+        typer.Option("--memorised", metavar="TEXT", help="Write nothing: show how well a known text is continued."),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to add, at most.")] = 40,
     temperature: Annotated[float, typer.Option(help="0 is greedy; 0.8 varied.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the smallest set of tokens that has this share.")] = 1.0,
@@ -337,35 +346,54 @@ def generate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Continue prompts with a base, or with a run's adapter: katei generate [RUN] PROMPT …"""
+    """Continue prompts with a base, or with a run's adapters: katei generate [RUN] PROMPT …"""
     from katei import api
-    from katei.printing import print_continuations
+    from katei.printing import Continuing, print_continuations, print_memorised
 
-    run = None
-    if Path(prompts[0]).is_dir() and (model is None or len(prompts) > 1):
+    run, prompts = None, list(prompts or [])
+    if prompts and Path(prompts[0]).is_dir() and (model is None or len(prompts) > 1 or memorised is not None):
         run, prompts = Path(prompts[0]), prompts[1:]
-        if not prompts:
-            raise RecipeError("no prompt given", hint=f'katei generate {run} "春の夜の"')
-    elif model is None:
+    if memorised is not None:
+        if prompts:
+            raise RecipeError(
+                "--memorised judges its own TEXT, so a prompt has no meaning", hint="leave the prompt out"
+            )
+        judged = api.memorised(
+            memorised, run=run, model=model, trial=trial, precision=precision, device=device, say=_say
+        )
+        _finish(judged, as_json, lambda: print_memorised(judged))
+        return
+    if run is not None and not prompts:
+        raise RecipeError("no prompt given", hint=f'katei generate {run} "春の夜の"')
+    if run is None and model is None:
         raise RecipeError(
-            f"neither a run nor a base given: '{prompts[0]}' is no folder, so it is taken for a prompt",
+            f"neither a run nor a base given: '{prompts[0]}' is no folder, so it is taken for a prompt"
+            if prompts
+            else "no prompt given",
             hint='katei generate RUN "春の夜の", or katei generate --model gemma3-270m "春の夜の"',
         )
-    texts = api.generate(
+    trials = None if trial is None else [name.strip() for name in trial.split(",")]
+    continuing = Continuing(
+        [f"{prompt}\n" for prompt in prompts] if chat else prompts,
+        alone=len(prompts) == 1 and (trials is None or (len(trials) == 1 and trials != ["all"])),
+    )
+    pairs = api.continuations(
         prompts,
         run=run,
         model=model,
-        trial=trial,
+        trials=trials,
         precision=precision,
         device=device,
         new_tokens=new_tokens,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        stop=stop or [],
+        chat=chat,
+        on_text=continuing.on_text,
         say=_say,
     )
-    pairs = [{"prompt": prompt, "continuation": text} for prompt, text in zip(prompts, texts, strict=True)]
-    _finish({"continuations": pairs}, as_json, lambda: print_continuations(pairs))
+    _finish({"continuations": pairs}, as_json, lambda: None if continuing.end() else print_continuations(pairs))
 
 
 @app.command()
@@ -373,6 +401,11 @@ def merge(
     run: Annotated[Path, typer.Argument(help="A run folder, one of its trials, or an adapter peft saved.")],
     out: Annotated[Path, typer.Option(help="The new model's folder.")],
     trial: TrialName = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--as", help="sequence-classification or causal-lm (without the head) [what it was trained for]."),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Of the weights: fp32, fp16 or bf16. Computed in fp32.")] = "fp32",
     data: Annotated[str | None, typer.Option(help="Rows to compare the merged model on [the run's own].")] = None,
     model: Model = None,
     device: Device = "auto",
@@ -381,25 +414,33 @@ def merge(
     """Fold LoRA, AdaLoRA or (IA)³ into the base's weights, and check that the merged model answers the same."""
     from katei import api
 
-    result = api.merge(run, out=out, trial=trial, data=data, model=model, device=device, say=_say)
-    a = result["agreement"]
-    line = f"{a['labels']:.1%} of {a['rows']} rows get the same label; largest change of a probability {a['max_probability_change']:.1e}"
-    _finish(result, as_json, lambda: print(f"merged into {result['out']}: {line}"))
+    result = api.merge(
+        run, out=out, trial=trial, kind=kind, precision=precision, data=data, model=model, device=device, say=_say
+    )
+    _finish(result, as_json, lambda: print(f"merged into {result['out']}: {_agreement(result)}"))
 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder or one of its trials.")],
     out: Annotated[Path, typer.Option(help="The new folder.")],
-    format: Annotated[str, typer.Option(help="peft.")] = "peft",
+    run: Annotated[Path | None, typer.Argument(help="A run folder or one of its trials.")] = None,
+    format: Annotated[
+        str, typer.Option(help="peft; gguf (merged, for llama.cpp); gguf-lora (LoRA or AdaLoRA alone, for llama.cpp).")
+    ] = "peft",
     trial: TrialName = None,
+    precision: Annotated[str, typer.Option(help="Of a whole GGUF's weights: fp16 or fp32.")] = "fp16",
+    data: Annotated[str | None, typer.Option(help="Rows to compare a GGUF on [the run's own].")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The adapter's base; without RUN, the base to write as a GGUF.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write an adapter for another tool."""
     from katei import api
 
-    result = api.export(run, out=out, format=format, trial=trial)
-    _finish(result, as_json, lambda: print(f"{result['format']} adapter in {result['out']}"))
+    result = api.export(run, out=out, format=format, trial=trial, precision=precision, data=data, model=model, say=_say)
+    more = f": {_agreement(result)}" if result["agreement"] else ""
+    _finish(result, as_json, lambda: print(f"{result['format']} in {result['out']}{more}"))
 
 
 @app.command()
@@ -533,6 +574,12 @@ def _check_together(context: typer.Context, from_file: bool, own: tuple[str, ...
     if wrong:
         hint = f"katei compare --from FILE {wrong[0]} …"
         raise RecipeError(f"{', '.join(wrong)} belongs to --from FILE", hint=hint)
+
+
+def _agreement(result: dict[str, Any]) -> str:
+    a, token = result["agreement"], result.get("kind") == "causal-lm"
+    same = f"{a['labels']:.1%} of {a['rows']} rows get the same {'likeliest next token' if token else 'label'}"
+    return f"{same}; largest change of a probability {a['max_probability_change']:.1e}"
 
 
 def _finish(result: dict[str, Any], as_json: bool, show: Any) -> None:
