@@ -126,13 +126,13 @@ def test_text_comes_before_the_end(base: Path, monkeypatch: pytest.MonkeyPatch) 
     from katei.ship import generate
 
     events: list[str] = []
-    choose = generate._choose
+    choose = generate.choose_token
 
     def watched(*arguments: object) -> int:
         events.append("token")
         return choose(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(generate, "_choose", watched)
+    monkeypatch.setattr(generate, "choose_token", watched)
     api.generate(["the"], model=str(base), new_tokens=12, on_text=lambda trial, prompt, text: events.append("text"))
     assert events.index("text") < len(events) - 1 - events[::-1].index("token")
 
