@@ -20,7 +20,19 @@ from tests.helpers.rows import EVERY_METHOD
 from tests.helpers.tiny import edit_config
 from tests.helpers.trained import Trained, train_study
 
-COMMANDS = ("demo", "train", "compare", "evaluate", "predict", "generate", "merge", "export", "models", "doctor")
+COMMANDS = (
+    "demo",
+    "train",
+    "compare",
+    "evaluate",
+    "predict",
+    "generate",
+    "merge",
+    "export",
+    "serve",
+    "models",
+    "doctor",
+)
 
 
 @pytest.fixture(scope="session")

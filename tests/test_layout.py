@@ -25,7 +25,7 @@ ROWS = (
     ("progress",),
     ("printing",),
     ("api",),
-    ("cli",),
+    ("cli", "sklearn"),
 )
 ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}
 
@@ -94,7 +94,9 @@ def test_only_the_printers_print(file: Path) -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
-    assert calls == [] or name_of(file) in ("katei.cli", "katei.printing"), f"lines {calls}"
+    # gguf_classify is a program of its own, written beside an exported model
+    may = ("katei.cli", "katei.printing", "katei.ship.gguf_classify")
+    assert calls == [] or name_of(file) in may, f"lines {calls}"
 
 
 def test_nothing_executes_what_it_reads() -> None:

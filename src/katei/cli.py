@@ -316,34 +316,76 @@ def evaluate(
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="A run folder, one of its trials, or an adapter peft saved.")],
-    file: Annotated[Path, typer.Argument(help="Rows to classify: .tsv, .csv, .jsonl or .parquet.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="Rows to classify, of any number: .tsv, .csv, .jsonl or .parquet; or - for stdin, a text a line, answered "
+            "on stdout as it comes (with --text, TSV with a header)."
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Where the predictions go [FILE.predictions.EXT]; its ending is the format.")
     ] = None,
     trial: TrialName = None,
     text: TextColumn = None,
     model: Model = None,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="Probabilities at the temperature of the validation rows.")
+    ] = False,
+    abstain: Annotated[
+        float | None, typer.Option(help="Leave prediction empty where no class has this probability.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Add the likeliest labels in their order: top_1, top_1_probability, …")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="With -: tsv or jsonl [tsv].")] = None,
     precision: Precision = "fp32",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Classify rows: the input's columns, then prediction and one probability per class."""
+    """Classify rows: the input's columns, then prediction and one probability per class. Killed, the same command goes on."""
     from katei import api
+    from katei.progress import RowsWatcher
 
-    result = api.predict(
-        run, file, out=out, trial=trial, text=text, model=model, precision=precision, device=device, say=_say
-    )
-    _finish(result, as_json, lambda: print(f"{result['rows']} rows → {result['out']} in {result['seconds']:.1f} s"))
+    common: dict[str, Any] = {"trial": trial, "text": text, "model": model, "precision": precision, "device": device}
+    common |= {"calibrated": calibrated, "abstain": abstain, "top_k": top_k, "say": _say}
+    piped = str(file) == "-"
+    if piped and out is not None:
+        raise RecipeError(
+            "with - the answers go to stdout, not to --out", hint=f"katei predict {run} - < TEXTS > {out}"
+        )
+    if format is not None and not piped:
+        raise RecipeError("--format is for - (stdin to stdout)", hint="the ending of --out is the format of a file")
+    with RowsWatcher(_console()) as watcher:
+        if piped:
+            result = api.predict_pipe(
+                run, sys.stdin.buffer, sys.stdout.buffer, format=format or "tsv", tick=watcher.tick, **common
+            )
+        else:
+            result = api.predict(run, file, out=out, tick=watcher.tick, **common)
+    line = f"{result['rows']} rows → {result['out']} in {result['seconds']:.1f} s"
+    if "abstained" in result:
+        line += f", {result['abstained']} without a prediction"
+    _finish(result, as_json, lambda: _say(line) if piped else print(line))
 
 
 @app.command()
 def generate(
     prompts: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(help="One or more prompts; with --model alone, nothing else. A run folder may come first."),
-    ],
+    ] = None,
     model: Model = None,
-    trial: TrialName = None,
+    trial: Annotated[
+        str | None,
+        typer.Option("--trial", help="Which trials of a run, side by side: lora,ia3; base is the base alone; all."),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Prompts are a user's messages: use the chat template.")] = False,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this word. Repeatable.")] = None,
+    memorised: Annotated[
+        str | None,
+        typer.Option("--memorised", metavar="TEXT", help="Write nothing: show how well a known text is continued."),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to add, at most.")] = 40,
     temperature: Annotated[float, typer.Option(help="0 is greedy; 0.8 varied.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the smallest set of tokens that has this share.")] = 1.0,
@@ -352,35 +394,54 @@ def generate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Continue prompts with a base, or with a run's adapter: katei generate [RUN] PROMPT …"""
+    """Continue prompts with a base, or with a run's adapters: katei generate [RUN] PROMPT …"""
     from katei import api
-    from katei.printing import print_continuations
+    from katei.printing import Continuing, print_continuations, print_memorised
 
-    run = None
-    if Path(prompts[0]).is_dir() and (model is None or len(prompts) > 1):
+    run, prompts = None, list(prompts or [])
+    if prompts and Path(prompts[0]).is_dir() and (model is None or len(prompts) > 1 or memorised is not None):
         run, prompts = Path(prompts[0]), prompts[1:]
-        if not prompts:
-            raise RecipeError("no prompt given", hint=f'katei generate {run} "春の夜の"')
-    elif model is None:
+    if memorised is not None:
+        if prompts:
+            raise RecipeError(
+                "--memorised judges its own TEXT, so a prompt has no meaning", hint="leave the prompt out"
+            )
+        judged = api.memorised(
+            memorised, run=run, model=model, trial=trial, precision=precision, device=device, say=_say
+        )
+        _finish(judged, as_json, lambda: print_memorised(judged))
+        return
+    if run is not None and not prompts:
+        raise RecipeError("no prompt given", hint=f'katei generate {run} "春の夜の"')
+    if run is None and model is None:
         raise RecipeError(
-            f"neither a run nor a base given: '{prompts[0]}' is no folder, so it is taken for a prompt",
+            f"neither a run nor a base given: '{prompts[0]}' is no folder, so it is taken for a prompt"
+            if prompts
+            else "no prompt given",
             hint='katei generate RUN "春の夜の", or katei generate --model gemma3-270m "春の夜の"',
         )
-    texts = api.generate(
+    trials = None if trial is None else [name.strip() for name in trial.split(",")]
+    continuing = Continuing(
+        [f"{prompt}\n" for prompt in prompts] if chat else prompts,
+        alone=len(prompts) == 1 and (trials is None or (len(trials) == 1 and trials != ["all"])),
+    )
+    pairs = api.continuations(
         prompts,
         run=run,
         model=model,
-        trial=trial,
+        trials=trials,
         precision=precision,
         device=device,
         new_tokens=new_tokens,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        stop=stop or [],
+        chat=chat,
+        on_text=continuing.on_text,
         say=_say,
     )
-    pairs = [{"prompt": prompt, "continuation": text} for prompt, text in zip(prompts, texts, strict=True)]
-    _finish({"continuations": pairs}, as_json, lambda: print_continuations(pairs))
+    _finish({"continuations": pairs}, as_json, lambda: None if continuing.end() else print_continuations(pairs))
 
 
 @app.command()
@@ -388,6 +449,11 @@ def merge(
     run: Annotated[Path, typer.Argument(help="A run folder, one of its trials, or an adapter peft saved.")],
     out: Annotated[Path, typer.Option(help="The new model's folder.")],
     trial: TrialName = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--as", help="sequence-classification or causal-lm (without the head) [what it was trained for]."),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Of the weights: fp32, fp16 or bf16. Computed in fp32.")] = "fp32",
     data: Annotated[str | None, typer.Option(help="Rows to compare the merged model on [the run's own].")] = None,
     model: Model = None,
     device: Device = "auto",
@@ -396,25 +462,85 @@ def merge(
     """Fold LoRA, AdaLoRA or (IA)³ into the base's weights, and check that the merged model answers the same."""
     from katei import api
 
-    result = api.merge(run, out=out, trial=trial, data=data, model=model, device=device, say=_say)
-    a = result["agreement"]
-    line = f"{a['labels']:.1%} of {a['rows']} rows get the same label; largest change of a probability {a['max_probability_change']:.1e}"
-    _finish(result, as_json, lambda: print(f"merged into {result['out']}: {line}"))
+    result = api.merge(
+        run, out=out, trial=trial, kind=kind, precision=precision, data=data, model=model, device=device, say=_say
+    )
+    _finish(result, as_json, lambda: print(f"merged into {result['out']}: {_agreement(result)}"))
 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder or one of its trials.")],
     out: Annotated[Path, typer.Option(help="The new folder.")],
-    format: Annotated[str, typer.Option(help="peft.")] = "peft",
+    run: Annotated[Path | None, typer.Argument(help="A run folder or one of its trials.")] = None,
+    format: Annotated[
+        str, typer.Option(help="peft; gguf (merged, for llama.cpp); gguf-lora (LoRA or AdaLoRA alone, for llama.cpp).")
+    ] = "peft",
     trial: TrialName = None,
+    precision: Annotated[str, typer.Option(help="Of a whole GGUF's weights: fp16 or fp32.")] = "fp16",
+    data: Annotated[str | None, typer.Option(help="Rows to compare a GGUF on [the run's own].")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The adapter's base; without RUN, the base to write as a GGUF.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write an adapter for another tool."""
     from katei import api
 
-    result = api.export(run, out=out, format=format, trial=trial)
-    _finish(result, as_json, lambda: print(f"{result['format']} adapter in {result['out']}"))
+    result = api.export(run, out=out, format=format, trial=trial, precision=precision, data=data, model=model, say=_say)
+    more = f": {_agreement(result)}" if result["agreement"] else ""
+    _finish(result, as_json, lambda: print(f"{result['format']} in {result['out']}{more}"))
+
+
+@app.command()
+def serve(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN…", help="Run folders (all their trials) and adapter folders, of one base."),
+    ],
+    host: Annotated[
+        str, typer.Option(help="The address to bind to; any but this machine's own needs --token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any free one.")] = 8000,
+    token: Annotated[
+        str | None, typer.Option(envvar="KATEI_TOKEN", help="What requests must show: Authorization: Bearer TOKEN.")
+    ] = None,
+    model: Model = None,
+    max_rows: Annotated[int, typer.Option(help="Of one request: texts × adapters.")] = 512,
+    max_tokens: Annotated[int, typer.Option(help="Of one text.")] = 2048,
+    max_new_tokens: Annotated[int, typer.Option(help="Of one continuation.")] = 256,
+    max_body: Annotated[int, typer.Option(help="Bytes of one request.")] = 1 << 20,
+    queue_rows: Annotated[int, typer.Option(help="Rows that may wait; beyond it the answer is 429.")] = 2048,
+    queue_tokens: Annotated[int, typer.Option(help="Tokens that may wait.")] = 65536,
+    token_budget: Annotated[int, typer.Option(help="Tokens in one pass: bounds memory, never the result.")] = 1024,
+    timeout: Annotated[float, typer.Option(help="Seconds until a request is given up (504).")] = 60.0,
+    precision: Precision = "fp32",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Answer over HTTP: every adapter of the runs, mixed in one batch; and a page to try them on."""
+    from katei import api
+
+    result = api.serve(
+        runs,
+        host=host,
+        port=port,
+        token=token,
+        model=model,
+        precision=precision,
+        device=device,
+        say=_say,
+        limits={
+            "rows": max_rows,
+            "tokens": max_tokens,
+            "new_tokens": max_new_tokens,
+            "body_bytes": max_body,
+            "queue_rows": queue_rows,
+            "queue_tokens": queue_tokens,
+            "token_budget": token_budget,
+            "seconds": timeout,
+        },
+    )
+    _finish(result, as_json, lambda: print(f"{result['requests']} requests, {result['rows']} rows; stopped"))
 
 
 @app.command()
@@ -496,6 +622,12 @@ def _check_together(context: typer.Context, from_file: bool, own: tuple[str, ...
     if wrong:
         hint = f"katei compare --from FILE {wrong[0]} …"
         raise RecipeError(f"{', '.join(wrong)} belongs to --from FILE", hint=hint)
+
+
+def _agreement(result: dict[str, Any]) -> str:
+    a, token = result["agreement"], result.get("kind") == "causal-lm"
+    same = f"{a['labels']:.1%} of {a['rows']} rows get the same {'likeliest next token' if token else 'label'}"
+    return f"{same}; largest change of a probability {a['max_probability_change']:.1e}"
 
 
 def _finish(result: dict[str, Any], as_json: bool, show: Any) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
@@ -243,11 +247,81 @@ def print_scores(scores: dict[str, Any]) -> None:
     console.print(Text(f"loss      {number(scores['loss'])}"))
 
 
-def print_continuations(pairs: list[dict[str, str]]) -> None:
+class Continuing:
+    """Continuations as they come: one flows onto stdout; several stand below each other while they grow, on a terminal."""
+
+    def __init__(self, prompts: list[str], alone: bool):
+        self.prompts, self.alone, self.begun = prompts, alone, False
+        self.texts: dict[tuple[str | None, int], str] = {}
+        self.live: Live | None = None
+
+    def on_text(self, trial: str | None, prompt: int, text: str) -> None:
+        console = _console()
+        if self.alone:
+            if not self.begun:
+                console.print(Text(self.prompts[prompt], style="bold"), soft_wrap=True, end="")
+                self.begun = True
+            console.print(Text(text), soft_wrap=True, end="")
+            sys.stdout.flush()
+        elif console.is_terminal:
+            if self.live is None:
+                self.live = Live(console=console, transient=True, vertical_overflow="crop")
+                self.live.start()
+            self.texts[trial, prompt] = self.texts.get((trial, prompt), "") + text
+            lines = sorted(self.texts.items(), key=lambda item: item[0][1])
+            self.live.update(Group(*(_continued(t, self.prompts[p], more) for (t, p), more in lines)))
+
+    def end(self) -> bool:
+        """True if everything has been printed already."""
+        if self.live is not None:
+            self.live.stop()
+        if self.begun:
+            print()
+        return self.begun
+
+
+def _continued(trial: str | None, prompt: str, continuation: str) -> Text:
+    line = Text() if trial is None else Text(f"{trial}  ", style="dim")
+    line.append(prompt, style="bold not dim")
+    return line.append(continuation, style="not bold not dim")
+
+
+def print_continuations(pairs: list[dict[str, Any]]) -> None:
     console = _console()
-    for pair in pairs:
-        line = Text(pair["prompt"], style="bold")
-        line.append(pair["continuation"], style="not bold")
+    several = len({pair["trial"] for pair in pairs}) > 1
+    for prompt in dict.fromkeys(pair["prompt"] for pair in pairs):
+        for pair in (p for p in pairs if p["prompt"] == prompt):
+            console.print(_continued(pair["trial"] if several else None, prompt, pair["continuation"]), soft_wrap=True)
+
+
+def print_memorised(judged: dict[str, Any]) -> None:
+    console = _console()
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("token")
+    for title in ("log p", "p", "rank"):
+        table.add_column(title, justify="right")
+    for t in judged["tokens"]:
+        word = json.dumps(t["token"], ensure_ascii=False)[1:-1]
+        style = "bold" if t["greedy"] else ""
+        table.add_row(
+            Text(word),
+            f"{t['log_probability']:.2f}",
+            f"{math.exp(t['log_probability']):.3f}",
+            str(t["rank"]),
+            style=style,
+        )
+    console.print(table)
+    count = len(judged["tokens"])
+    console.print(
+        f"{judged['nats_per_token']:.2f} nats per token (perplexity {judged['perplexity']:.1f}); the likeliest token at "
+        f"{judged['rank_1']:.0%} of {count} places",
+        highlight=False,
+    )
+    if judged["longest_tokens"]:
+        line = Text(
+            f"longest exact greedy continuation, {judged['longest_tokens']} tokens:  …{judged['longest_after'][-40:]}"
+        )
+        line.append(judged["longest"], style="bold")
         console.print(line, soft_wrap=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -109,3 +110,52 @@ class TerminalWatcher:
         more = len(lockstep.states) - len(shown)
         tail = f"… and {more} more trials   " if more else ""
         return Group(table, Text(tail + self._pace(lockstep), style="dim"))
+
+
+class RowsWatcher:
+    """Shows how rows are going by, once it takes a while: one line that is drawn anew on a terminal, a line now and then elsewhere."""
+
+    AT_LEAST = 3.0
+    """Seconds before there is anything to show."""
+    EVERY = 0.25, 30.0
+    """Seconds between two lines, on a terminal and elsewhere."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.began = self.shown = time.monotonic()
+        self.rows_before: int | None = None
+        self.live: Live | None = None
+
+    def __enter__(self) -> RowsWatcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def tick(self, done: int, rows: int) -> None:
+        """`done` of `rows` are answered; `rows` is 0 where nobody knows."""
+        now = time.monotonic()
+        if self.rows_before is None:  # the rate is of this call's rows: an interrupted one may have done others
+            self.rows_before, self.began = (done, now) if rows else (0, self.began)
+        terminal = self.console.is_terminal
+        if now - self.began < self.AT_LEAST or now - self.shown < self.EVERY[not terminal]:
+            return
+        self.shown = now
+        line = Text(self._line(done, rows, now), style="dim")
+        if not terminal:
+            self.console.print(line, soft_wrap=True)
+            return
+        if self.live is None:
+            self.live = Live(line, console=self.console, auto_refresh=False, transient=True)
+            self.live.start()
+        self.live.update(line, refresh=True)
+
+    def _line(self, done: int, rows: int, now: float) -> str:
+        rate = (done - (self.rows_before or 0)) / max(now - self.began, 1e-9)
+        if not rows:
+            return f"{done:,} rows, {rate:,.1f} rows/s"
+        left = f", {duration((rows - done) / rate)} left" if rate else ""
+        return f"{done:,} of {rows:,} rows, {rate:,.1f} rows/s{left}"

@@ -33,9 +33,12 @@ class Trained:
         return self.run / "trials" / name
 
 
-def train_study(folder: Path, architecture: str = "llama", methods: tuple[str, ...] = EVERY_METHOD) -> Trained:
+def train_study(
+    folder: Path, architecture: str = "llama", methods: tuple[str, ...] = EVERY_METHOD, base: Path | None = None
+) -> Trained:
     """A run of every method on a tiny base: learning rates high enough that every tensor has moved far."""
-    base, data = tiny_base_folder(folder, architecture), data_folder(folder / "data", labels=("暖かい", "cold"))
+    base = base or tiny_base_folder(folder, architecture)
+    data = data_folder(folder / "data", labels=("暖かい", "cold"))
     recipe = folder / "recipe.toml"
     recipe.write_text(
         "[training]\nepochs = 2\nbatch_size = 3\nlearning_rate = 0.1\n[lora]\ndropout = 0.1\n[llama-adapter]\nlayers = 2\n"

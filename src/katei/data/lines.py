@@ -7,7 +7,9 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import IO
 
 from katei.core.errors import DataError
 
@@ -26,30 +28,77 @@ _OTHER_FORMATS = (
 )
 
 
+BLOCK = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+
+
 def lines_of(path: Path) -> list[str]:
     """The lines of a UTF-8 file, without their LF and without the blank ones at the end."""
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if not content.strip():
+    return list(_lines(path, iter([path.read_bytes()])))
+
+
+def stream_lines(path: Path) -> Iterator[str]:
+    """The same lines and the same errors, in constant memory: a block's are checked before its first is given."""
+    return _lines(path, _blocks(path))
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            yield block
+
+
+def lines_from(file: IO[bytes], name: Path) -> Iterator[str]:
+    """The lines of a pipe, each as soon as it is there; errors call it `name`."""
+    return _lines(name, iter(lambda: file.read1(BLOCK), b""))  # type: ignore[attr-defined]
+
+
+def _lines(path: Path, blocks: Iterator[bytes]) -> Iterator[str]:
+    done = 0  # lines given or held back
+    rest = b""
+    blank: list[str] = []  # held back: those at the end of the file are no rows
+    found = False
+    for block in chain(blocks, [None]):  # None: the end
+        content = rest if block is None else rest + block
+        if not done:
+            content = content.removeprefix(_BOM)
+            for magic, what, hint in _OTHER_FORMATS:
+                if content.startswith(magic):
+                    raise DataError(what, file=path, row=1, hint=to_type(hint, path))
+        # cut behind the last line break, which is never half a character
+        end = len(content) if block is None else content.rfind(b"\n") + 1
+        rest = content[end:]
+        if block is not None and not end:
+            continue
+        lines = _decoded(path, content[:end], done).split("\n")
+        if block is not None:
+            lines.pop()  # behind the last line break
+        done += len(lines)
+        for line in lines:
+            if line and not line.isspace():
+                yield from blank
+                blank.clear()
+                found = True
+                yield line
+            else:
+                blank.append(line)
+    if not found:
         raise empty_file(path)
-    for magic, what, hint in _OTHER_FORMATS:
-        if content.startswith(magic):
-            raise DataError(what, file=path, row=1, hint=to_type(hint, path))
+
+
+def _decoded(path: Path, content: bytes, done: int) -> str:
+    """Some whole lines as text; `done` stand before them."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        row = content.count(b"\n", 0, error.start) + 1
+        row = done + content.count(b"\n", 0, error.start) + 1
         what = f"not UTF-8: byte 0x{content[error.start]:02x}"
         hint = f"save it as UTF-8, or: iconv -f {_encoding(content)} -t UTF-8 FILE > NEW"
         raise DataError(what, file=path, row=row, hint=to_type(hint, path)) from None
     if "\0" in text:
-        row = text.count("\n", 0, text.index("\0")) + 1
+        row = done + text.count("\n", 0, text.index("\0")) + 1
         raise DataError("a NUL character: binary, or UTF-16", file=path, row=row, hint="save it as text in UTF-8")
-    if not text.strip():
-        raise empty_file(path)
-    lines = text.split("\n")
-    while not lines[-1].strip():
-        lines.pop()
-    return lines
+    return text
 
 
 def _encoding(content: bytes) -> str:

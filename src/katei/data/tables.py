@@ -1,4 +1,4 @@
-"""One file → its columns, with the line each row stands on; and back.
+"""One file → its columns, with the line each row stands on; whole (`Records`), or row by row in constant memory (`Source`).
 
 TSV, CSV and JSONL have readers of our own, since every error names its line, and since of a TSV a stray quote must
 never swallow the next line: no library reads it so. A TSV field that begins and ends with `"` and doubles those inside
@@ -15,13 +15,27 @@ import re
 import stat
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from katei.core.errors import DataError
-from katei.core.files import write_atomic, write_text
 from katei.data.columns import choose_text_column, one_column_hint
-from katei.data.lines import carriage_return, empty_file, lines_of, not_found, reading, to_type, user_path
+from katei.data.lines import (
+    carriage_return,
+    empty_file,
+    lines_from,
+    lines_of,
+    not_found,
+    reading,
+    stream_lines,
+    to_type,
+    user_path,
+)
+
+Row = tuple[int, Sequence[object]]
+"""A row's line in the file (the header is line 1; of parquet the row), and its values."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,15 @@ class Records:
     columns: tuple[str, ...]
     lines: Sequence[int]  # 1-based line of the file (the header is line 1); of parquet and hub data the row
     column: Callable[[str], Sequence[object]]  # strings from TSV and CSV, else what the file holds
+
+
+@dataclass(frozen=True)
+class Source:
+    """One table, read from its beginning as often as asked, a row at a time."""
+
+    file: str
+    columns: tuple[str, ...]
+    rows: Callable[[], Iterator[Row]]  # raises DataError at the row that is wrong; values as in `Records`
 
 
 @dataclass(frozen=True)
@@ -53,47 +76,48 @@ class Table:
 def read_table(file: str | Path, *, text: str | None = None, usual: str | None = None) -> Table:
     """A .tsv, .csv, .jsonl or .parquet file with a text column (`text`; or `usual` if there; or inferred), labels or not."""
     records = read_records(user_path(file))
-    named = usual if text is None and usual in records.columns else text
-    column = choose_text_column(records.columns, text=named, file=records.file)
+    column = text_column(records.columns, text=text, usual=usual, file=records.file)
     texts_of(records, column)
-    rows = tuple(zip(*([_as_text(v) for v in records.column(name)] for name in records.columns), strict=True))
+    rows = tuple(zip(*([as_text(v) for v in records.column(name)] for name in records.columns), strict=True))
     return Table(records.file, records.columns, rows, tuple(records.lines), column)
 
 
-def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write what `read_table` reads back as it was, in the format the name says."""
-    kind = _kind(path)
-    rows = list(rows)
-    if kind == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        table = pa.table({name: pa.array([row[i] for row in rows], pa.string()) for i, name in enumerate(columns)})
-        write_atomic(path, lambda temporary: pq.write_table(table, temporary))
-    elif kind == ".jsonl":
-        objects = (dict(zip(columns, row, strict=True)) for row in rows)
-        write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in objects))
-    elif kind == ".csv":
-        write_text(path, "".join(",".join(_csv_field(f) for f in row) + "\n" for row in [columns, *rows]))
-    else:
-        for number, row in enumerate(rows, 2):
-            if any(c in field for field in row for c in "\t\n\r"):
-                hint = f"write --out {path.with_suffix('.csv').name} or {path.with_suffix('.jsonl').name}"
-                what = "a tab or line break inside a field has no place in a .tsv"
-                raise DataError(what, file=path, row=number, hint=hint)
-        write_text(path, "".join("\t".join(quote_tsv(f) for f in row) + "\n" for row in [columns, *rows]))
+def text_column(columns: Sequence[str], *, text: str | None, usual: str | None, file: str) -> str:
+    """The column to read: `text`, `usual` if there is one of that name, or inferred."""
+    return choose_text_column(columns, text=usual if text is None and usual in columns else text, file=file)
 
 
 def read_records(path: Path) -> Records:
     """The columns of one file, or a DataError saying what is wrong, where, and what to do."""
     with reading(path):
-        if path.is_dir():
-            raise DataError("a folder, where a file is expected", file=path, hint=_inside(path))
-        if not path.exists():
-            raise not_found(path)
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError("not a regular file", file=path, hint="save it as a file first")
-        return READERS[_kind(path)](path)
+        return READERS[_readable(path)](path)
+
+
+def open_source(path: Path) -> Source:
+    """The rows of one file, one by one; the columns are known at once (of JSONL, after a first pass over it)."""
+    with reading(path):
+        return SOURCES[_readable(path)](path)
+
+
+def pipe_source(file: IO[bytes], *, table: bool) -> Source:
+    """The rows of a pipe, which can be read once: a text a line, or with `table` a .tsv with a header. Waits for that."""
+    name = Path("stdin")
+    lines = lines_from(file, name)
+    if not table:
+        return Source(str(name), ("text",), lambda: ((n, [line.removesuffix("\r")]) for n, line in enumerate(lines, 1)))
+    rows = _tsv_rows(name, lines)
+    return Source(str(name), tuple(str(column) for column in next(rows)[1]), lambda: rows)
+
+
+def _readable(path: Path) -> str:
+    """The kind of a file that is there."""
+    if path.is_dir():
+        raise DataError("a folder, where a file is expected", file=path, hint=_inside(path))
+    if not path.exists():
+        raise not_found(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DataError("not a regular file", file=path, hint="save it as a file first")
+    return kind_of(path)
 
 
 # --- TSV and CSV
@@ -102,30 +126,33 @@ _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 
 def unquote_tsv(field: str) -> str:
-    return field[1:-1].replace('""', '"') if _QUOTED.fullmatch(field) else field
+    return field[1:-1].replace('""', '"') if field[:1] == '"' and _QUOTED.fullmatch(field) else field
 
 
 def quote_tsv(field: str) -> str:
     """The field as `unquote_tsv` gives it back: quoted only where it would be taken for quoted."""
-    return '"' + field.replace('"', '""') + '"' if _QUOTED.fullmatch(field) else field
+    return '"' + field.replace('"', '""') + '"' if field[:1] == '"' and _QUOTED.fullmatch(field) else field
 
 
-def _read_tsv(path: Path) -> Records:
+def _tsv_rows(path: Path, lines: Iterable[str]) -> Iterator[Row]:
     def rows() -> Iterator[tuple[int, list[str]]]:
-        for number, line in enumerate(lines_of(path), 1):
+        for number, line in enumerate(lines, 1):
             line = line.removesuffix("\r")
             if "\r" in line:
                 raise carriage_return(path, number)
-            yield number, [unquote_tsv(field) for field in line.split("\t")] if line.strip() else [line]
+            if '"' in line:
+                yield number, [unquote_tsv(field) for field in line.split("\t")]
+            else:
+                yield number, line.split("\t") if line.strip() else [line]
 
     more = "a tab inside a field? Replace it by a space"
     fewer = "a tab is missing, or a text goes over a line break: of a .tsv each row is one line; .csv and .jsonl can hold line breaks"
     return _delimited(path, rows(), more, fewer)
 
 
-def _read_csv(path: Path) -> Records:
+def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[Row]:
     def rows() -> Iterator[tuple[int, list[str]]]:
-        reader = csv.reader((line + "\n" for line in lines_of(path)), strict=True)
+        reader = csv.reader((line + "\n" for line in lines), strict=True)
         start = 1
         while True:
             try:
@@ -151,20 +178,16 @@ def _csv_error(path: Path, row: int, error: str) -> DataError:
     return carriage_return(path, row)
 
 
-def _csv_field(field: str) -> str:
-    return '"' + field.replace('"', '""') + '"' if not field.strip() or any(c in field for c in ',"\r\n') else field
-
-
-def _delimited(path: Path, rows: Iterator[tuple[int, list[str]]], more: str, fewer: str) -> Records:
-    """The header and the rows under it, each with as many fields."""
+def _delimited(path: Path, rows: Iterator[tuple[int, list[str]]], more: str, fewer: str) -> Iterator[Row]:
+    """The header first, then the rows under it, each with as many fields."""
     first, header = next(rows)
     columns = tuple(name.strip() for name in header)
     if not any(columns):
         hint = "begin with a line such as text⇥label"
         raise DataError("the first line, which names the columns, is blank", file=path, row=first, hint=hint)
     _check_columns(path, columns, first)
-    lines: list[int] = []
-    kept: list[list[str]] = []
+    yield first, columns
+    number = first
     for number, row in rows:
         if len(row) != len(columns):
             if not row or (len(row) == 1 and not row[0].strip()):
@@ -172,12 +195,34 @@ def _delimited(path: Path, rows: Iterator[tuple[int, list[str]]], more: str, few
             hint = one_column_hint(columns) if len(columns) == 1 else more if len(row) > len(columns) else fewer
             found = f"{len(row)} field{'s' * (len(row) != 1)} where the header has {len(columns)}"
             raise DataError(f"{found} ({', '.join(columns)})", file=path, row=number, hint=hint)
+        yield number, row
+    if number == first:
+        raise DataError("a header and no row under it", file=path, hint="add rows, one text with its label a line")
+
+
+Delimited = Callable[[Path, Iterable[str]], Iterator[Row]]
+
+
+def _read_delimited(path: Path, split: Delimited) -> Records:
+    rows = split(path, lines_of(path))
+    columns = tuple(str(name) for name in next(rows)[1])
+    lines, kept = [], []
+    for number, row in rows:
         lines.append(number)
         kept.append(row)
-    if not kept:
-        raise DataError("a header and no row under it", file=path, hint="add rows, one text with its label a line")
     values = {name: tuple(row[i] for row in kept) for i, name in enumerate(columns)}
     return Records(str(path), columns, lines, values.__getitem__)
+
+
+def _stream_delimited(path: Path, split: Delimited) -> Source:
+    def rows() -> Iterator[Row]:
+        with reading(path):
+            found = split(path, stream_lines(path))
+            next(found)
+            yield from found
+
+    columns = tuple(str(name) for name in next(split(path, stream_lines(path)))[1])
+    return Source(str(path), columns, rows)
 
 
 def _check_columns(path: Path, columns: Sequence[str], row: int | None) -> None:
@@ -190,12 +235,10 @@ def _check_columns(path: Path, columns: Sequence[str], row: int | None) -> None:
 # --- JSONL and parquet
 
 
-def _read_jsonl(path: Path) -> Records:
-    rows: list[dict[str, object]] = []
-    lines = lines_of(path)
+def _objects(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, object]]]:
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(_object(line))
+            yield number, _object(line)
         except (ValueError, RecursionError) as error:  # a JSONDecodeError is a ValueError
             what = str(error)
             if not line.strip():
@@ -206,8 +249,25 @@ def _read_jsonl(path: Path) -> Records:
             if number == 1 and line.lstrip()[:1] in ("[", "{"):  # a list, or an object over several lines
                 hint += "; a JSON file becomes one with jq -c '.[]' FILE > NEW.jsonl"
             raise DataError(what, file=path, row=number, hint=to_type(hint, path)) from None
+
+
+def _read_jsonl(path: Path) -> Records:
+    rows = [row for _, row in _objects(path, lines_of(path))]
     columns = tuple(dict.fromkeys(key for row in rows for key in row))
     return Records(str(path), columns, range(1, len(rows) + 1), lambda name: [row.get(name) for row in rows])
+
+
+def _stream_jsonl(path: Path) -> Source:
+    columns: dict[str, None] = {}
+    for _, row in _objects(path, stream_lines(path)):
+        columns |= dict.fromkeys(row)
+
+    def rows() -> Iterator[Row]:
+        with reading(path):
+            for number, row in _objects(path, stream_lines(path)):
+                yield number, [row.get(name) for name in columns]
+
+    return Source(str(path), tuple(columns), rows)
 
 
 def _object(line: str) -> dict[str, object]:
@@ -236,12 +296,57 @@ def _no_constant(name: str) -> object:
 
 
 def _read_parquet(path: Path) -> Records:
+    file, columns, rows = _open_parquet(path)
+
+    def column(name: str) -> Sequence[object]:
+        with _parquet_errors(path, name):
+            values: list[object] = file.read(columns=[name]).column(name).to_pylist()
+        if len(values) != rows:
+            raise _bad_parquet(path, ValueError(f"{rows} rows announced, {len(values)} in '{name}'"))
+        return values
+
+    return Records(str(path), columns, range(1, rows + 1), column)
+
+
+def _stream_parquet(path: Path) -> Source:
+    _, columns, announced = _open_parquet(path)
+
+    def rows() -> Iterator[Row]:
+        file, _, _ = _open_parquet(path)
+        number = 0
+        with _parquet_errors(path, ""):
+            batches = file.iter_batches(PARQUET_ROWS)
+        while True:
+            with _parquet_errors(path, ""):
+                batch = next(batches, None)
+            if batch is None:
+                break
+            values = []
+            for name in columns:
+                with _parquet_errors(path, name):
+                    values.append(batch.column(name).to_pylist())
+            for row in zip(*values, strict=True):
+                number += 1
+                yield number, row
+        if number != announced:
+            raise _bad_parquet(path, ValueError(f"{announced} rows announced, {number} there"))
+
+    return Source(str(path), columns, rows)
+
+
+PARQUET_ROWS = 1024
+"""Rows that are in memory at once."""
+
+
+def _open_parquet(path: Path) -> tuple[Any, tuple[str, ...], int]:
+    """The file, its columns and the number of its rows, which is not 0."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
-        columns, rows = tuple(file.schema_arrow.names), file.metadata.num_rows
+        # pages are read as they are needed: a file of one huge row group is not held
+        file = pq.ParquetFile(path, buffer_size=1 << 18, pre_buffer=False)
+        columns, rows = tuple(file.schema_arrow.names), int(file.metadata.num_rows)
     except (pa.ArrowException, OSError) as error:
         if path.stat().st_size == 0:
             raise empty_file(path) from None
@@ -250,20 +355,20 @@ def _read_parquet(path: Path) -> Records:
     if not rows:
         hint = "add rows, each a text with its label"
         raise DataError(f"no rows (columns: {', '.join(columns)})", file=path, hint=hint)
+    return file, columns, rows
 
-    def column(name: str) -> Sequence[object]:
-        try:
-            values: list[object] = file.read(columns=[name]).column(name).to_pylist()
-        except UnicodeDecodeError:
-            hint = "write the file again from UTF-8 strings"
-            raise DataError(f"a string in '{name}' is not UTF-8", file=path, hint=hint) from None
-        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            raise _bad_parquet(path, error) from None
-        if len(values) != rows:
-            raise _bad_parquet(path, ValueError(f"{rows} rows announced, {len(values)} in '{name}'"))
-        return values
 
-    return Records(str(path), columns, range(1, rows + 1), column)
+@contextmanager
+def _parquet_errors(path: Path, column: str) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except UnicodeDecodeError:
+        hint = "write the file again from UTF-8 strings"
+        raise DataError(f"a string in '{column}' is not UTF-8", file=path, hint=hint) from None
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise _bad_parquet(path, error) from None
 
 
 def _bad_parquet(path: Path, error: Exception) -> DataError:
@@ -273,10 +378,16 @@ def _bad_parquet(path: Path, error: Exception) -> DataError:
 
 
 READERS: dict[str, Callable[[Path], Records]] = {
-    ".tsv": _read_tsv,
-    ".csv": _read_csv,
+    ".tsv": lambda path: _read_delimited(path, _tsv_rows),
+    ".csv": lambda path: _read_delimited(path, _csv_rows),
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
+}
+SOURCES: dict[str, Callable[[Path], Source]] = {
+    ".tsv": lambda path: _stream_delimited(path, _tsv_rows),
+    ".csv": lambda path: _stream_delimited(path, _csv_rows),
+    ".jsonl": _stream_jsonl,
+    ".parquet": _stream_parquet,
 }
 
 _HINT_OF_KIND = {
@@ -290,7 +401,8 @@ _HINT_OF_KIND = {
 }
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """The ending that says the format, or a DataError for one we cannot read."""
     kind = path.suffix.lower()
     if kind in READERS:
         return kind
@@ -304,22 +416,25 @@ def _kind(path: Path) -> str:
 
 def texts_of(records: Records, column: str) -> tuple[str, ...]:
     """The texts of a column, each a string with something in it."""
-    texts: list[str] = []
-    for line, value in zip(records.lines, records.column(column), strict=True):
-        what, hint = None, "fill it in, or delete the row"
-        if value is None:
-            what = f"no text: '{column}' is missing or null"
-        elif not isinstance(value, str):
-            what = f"the text in '{column}' is a {_type_name(value)}, not a string"
-            hint = "put it between quotes, or choose another column with --text"
-        elif is_blank(value):
-            what = f"the text in '{column}' is empty"
-        elif "\0" in value:
-            what, hint = f"the text in '{column}' holds a NUL character", "remove it"
-        if what is not None:
-            raise DataError(what, file=records.file, row=line, hint=hint)
-        texts.append(str(value))
-    return tuple(texts)
+    values = zip(records.lines, records.column(column), strict=True)
+    return tuple(checked_text(value, column, records.file, line) for line, value in values)
+
+
+def checked_text(value: object, column: str, file: str, line: int) -> str:
+    """The text in `column` of one row, or a DataError that says what it is instead."""
+    if isinstance(value, str) and "\0" not in value and not is_blank(value):
+        return value
+    hint = "fill it in, or delete the row"
+    if value is None:
+        what = f"no text: '{column}' is missing or null"
+    elif not isinstance(value, str):
+        what = f"the text in '{column}' is a {_type_name(value)}, not a string"
+        hint = "put it between quotes, or choose another column with --text"
+    elif is_blank(value):
+        what = f"the text in '{column}' is empty"
+    else:
+        what, hint = f"the text in '{column}' holds a NUL character", "remove it"
+    raise DataError(what, file=file, row=line, hint=hint)
 
 
 def is_blank(text: str) -> bool:
@@ -327,7 +442,7 @@ def is_blank(text: str) -> bool:
     return all(unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf") for c in text)
 
 
-def _as_text(value: object) -> str:
+def as_text(value: object) -> str:
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

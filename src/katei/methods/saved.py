@@ -12,6 +12,7 @@ Full fine-tuning has no adapter: its folder is a model (`katei.ship.models`), wi
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, isfinite
+from torch import Tensor, isfinite, zeros
 
 from katei import __version__
 from katei.base.packed import Base
@@ -83,6 +84,8 @@ class AdapterNote:
     text_column: str
     training: dict[str, Any]
     katei: str = __version__
+    temperature: float | None = None
+    """Of its probabilities, fitted on rows it was not trained on (`katei.core.calibration`); None where nobody did."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,12 @@ class SavedAdapter:
     tensors: dict[str, Tensor]
     """peft's names below the backbone, the head left out."""
     head_CD: Tensor
+    """(0, 0) where the adapter was trained for generation and has none."""
+
+    @property
+    def generates(self) -> bool:
+        """It was trained to continue texts: it has no labels and no head."""
+        return not self.note.labels
 
     def stack(self, base: Base) -> Stack:
         """A stack of this one adapter. Raises AdapterError where its tensors do not fit the base."""
@@ -104,7 +113,7 @@ class SavedAdapter:
                 file=self.folder,
                 hint=f"its base was '{self.note.base}'",
             )
-        stack = self.method.saved_as().build(base, len(self.note.labels), [0], [TrialFacts(total_steps=10**6)])
+        stack = self.method.saved_as().build(base, len(self.note.labels) or 2, [0], [TrialFacts(total_steps=10**6)])
         try:
             load_into_(stack, 0, self)
         except AdapterError as error:
@@ -115,6 +124,9 @@ class SavedAdapter:
 def load_into_(stack: Stack, n: int, saved: SavedAdapter) -> None:
     """Fill adapter n of a stack."""
     head_CD = stack.tensors[HEAD][n]
+    if saved.generates:
+        stack.load_peft_(n, saved.tensors)
+        return
     if head_CD.shape != saved.head_CD.shape:
         raise AdapterError(
             f"the head has shape {tuple(saved.head_CD.shape)}, which does not fit {tuple(head_CD.shape)}: (classes, width)",
@@ -148,10 +160,10 @@ def save_adapter(folder: Path, stack: Stack, n: int, method: Method, note: Adapt
     write_json(folder / "katei.json", asdict(note))
 
 
-def read_adapter(folder: Path, *, diverged: bool = False) -> SavedAdapter:
+def read_adapter(folder: Path, *, diverged: bool = False, headless: bool = False) -> SavedAdapter:
     """Read what katei or peft saved. Raises AdapterError; nothing is executed, only JSON and safetensors are read.
 
-    `diverged` lets numbers pass that are not finite.
+    `diverged` lets numbers pass that are not finite; `headless` an adapter that peft trained for generation (CAUSAL_LM).
     """
     if not folder.is_dir():
         raise AdapterError("no such adapter folder", file=folder, hint="a trial's folder, such as RUN/trials/lora")
@@ -187,15 +199,22 @@ def read_adapter(folder: Path, *, diverged: bool = False) -> SavedAdapter:
     head = {name: tensors.pop(name) for name in list(tensors) if name.endswith("score.weight")}
     if (folder / "head.safetensors").exists():
         head |= _read_tensors(folder / "head.safetensors")
-    if len(head) != 1:
+    generates = note is None and not head and (config or {}).get("task_type") == "CAUSAL_LM"
+    if generates and not headless:
+        raise AdapterError(
+            "was trained for generation, so it has no classes to score",
+            file=folder,
+            hint="`katei generate` continues texts with it; `katei merge` and `katei export` take it too",
+        )
+    if len(head) != 1 and not generates:
         raise AdapterError(
             "no score head in this adapter" if not head else f"{len(head)} score heads in this adapter",
             file=folder,
             hint="peft leaves it out for LLaMA-Adapter: put its weight, named score.weight, into head.safetensors beside the adapter",
         )
-    head_CD = next(iter(head.values()))
     method = _method(config, note, folder)
-    classes = len(note.labels) if note is not None else max(2, len(head_CD) if head_CD.ndim else 0)
+    head_CD = next(iter(head.values()), zeros(0, 0))
+    classes = 0 if generates else len(note.labels) if note is not None else max(2, len(head_CD) if head_CD.ndim else 0)
     if head_CD.ndim != 2 or len(head_CD) != classes:
         raise AdapterError(
             f"the head has shape {tuple(head_CD.shape)}, but the labels are {classes}: it should be (classes, width)",
@@ -322,6 +341,8 @@ def read_note(folder: Path) -> AdapterNote | None:
         )
     if note.max_length < 1:
         raise AdapterError(f"max_length is {note.max_length}, but it counts tokens", file=path, hint=whole)
+    if note.temperature is not None and not 0 < note.temperature < math.inf:
+        raise AdapterError(f"temperature is {note.temperature}, but it must be positive", file=path, hint=whole)
     return note
 
 

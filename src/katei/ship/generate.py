@@ -1,4 +1,4 @@
-"""Continuations of a prompt, by the base or by the base with an adapter: all prompts in one packed stream.
+"""Continuations of prompts, by the base and by adapters side by side: all of them in one packed stream.
 
 The whole stream is computed again for every new token: any method's adapter acts as it was trained, at a cost that is fine for
 a few dozen tokens.        Dimensions: B prompts · D width · V vocabulary.
@@ -7,18 +7,19 @@ a few dozen tokens.        Dimensions: B prompts · D width · V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from katei.base.packed import Base
+from katei.base.packed import Base, check_ids
 from katei.base.stream import PackedRow
 from katei.core.errors import RecipeError
 from katei.methods.contract import Stack
 from katei.methods.head_only import HeadOnlyStack
+from katei.ship.models import capped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,56 +45,160 @@ class Sampling:
             raise RecipeError(f"top_p is {self.top_p}, but it is a share", hint="--top-p 0.9")
 
 
+HALF = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer writes for bytes that are no character, or not yet."""
+
+OnText = Callable[[int, int, str], None]
+"""Called with (voice, prompt, more text) as soon as that text can no longer change."""
+
+
 def generate(
-    base: Base, lm_head: Any, prompts: Sequence[str], sampling: Sampling, stack: Stack | None = None
-) -> list[str]:
-    """The continuation of each prompt, without the prompt. `lm_head` maps (B, D) to (B, V) scores."""
-    stacks = [stack or HeadOnlyStack(base, 2, [0])]
-    rows = [_prompt_ids(base, prompt) for prompt in prompts]
-    starts = [len(row) for row in rows]
-    rngs = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(rows))]
-    stop = base.config.eos_token_id
-    stops = set(stop if isinstance(stop, list) else [stop]) | {base.tokenizer.eos_token_id}
-    open_rows = list(range(len(rows)))
+    base: Base,
+    lm_head: Any,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    voices: Sequence[Stack | None] = (None,),
+    *,
+    stop: Sequence[str] = (),
+    chat: bool = False,
+    stop_ids: Sequence[int] = (),
+    on_text: OnText | None = None,
+) -> list[list[str]]:
+    """The continuation of each prompt by each voice, without the prompt: [voice][prompt]. All of them in one pass per token.
+
+    A voice is an adapter, or None for the base alone. A continuation ends before the first of the words in `stop`, at the end of a
+    text, or at one of `stop_ids`; with `chat` each prompt is a user's message and the continuation the answer to it. `lm_head`
+    maps (B, D) to (B, V) scores. Voices draw the same numbers for the same prompt, whatever stands beside them.
+    """
+    if any(not word for word in stop):
+        raise RecipeError("a stop word is empty", hint='--stop "。"')
+    stacks = [voice or HeadOnlyStack(base, 2, [0]) for voice in voices]
+    ends = _ends(base, chat) | set(stop_ids)
+    ids = [_chat_ids(base, prompt) if chat else prompt_ids(base, prompt) for prompt in prompts]
+    rows = [_Row(base.tokenizer, v, i, list(ids[i]), stop) for v in range(len(voices)) for i in range(len(prompts))]
+    rngs = [torch.Generator().manual_seed(sampling.seed + row.prompt) for row in rows]
+    going = list(range(len(rows)))
     for _ in range(sampling.new_tokens):
-        stream = base.stream([PackedRow(0, 0, rows[i]) for i in open_rows], stacks)
+        stream = base.stream([PackedRow(rows[r].voice, 0, rows[r].ids) for r in going], stacks)
         with torch.no_grad(), base.running(stream, stacks):
-            scores_BV = lm_head(stream.unsort(base.pooled(stream, stacks))).float().cpu()
-        softcap = getattr(base.config, "final_logit_softcapping", None)
-        if softcap:
-            scores_BV = torch.tanh(scores_BV / softcap) * softcap
-        for i, scores_V in zip(list(open_rows), scores_BV, strict=True):
-            token = _choose(scores_V, sampling, rngs[i])
-            if token in stops:
-                open_rows.remove(i)
-            else:
-                rows[i].append(token)
-        if not open_rows:
+            scores_BV = token_scores(base, lm_head, stream.unsort(base.pooled(stream, stacks)))
+        for r, scores_V in zip(list(going), scores_BV, strict=True):
+            token = choose_token(scores_V, sampling, rngs[r])
+            if token in ends or rows[r].add(token):
+                going.remove(r)
+            if on_text is not None and (more := rows[r].certain(r not in going)):
+                on_text(rows[r].voice, rows[r].prompt, more)
+        if not going:
             break
-    # decoded with the prompt, then cut: a token may hold half a character, or a space that depends on what stands before
-    texts = []
-    for row, start in zip(rows, starts, strict=True):
-        before = base.tokenizer.decode(row[:start], skip_special_tokens=True)
-        whole = base.tokenizer.decode(row, skip_special_tokens=True)
-        text = (
-            whole[len(before) :]
-            if whole.startswith(before)
-            else base.tokenizer.decode(row[start:], skip_special_tokens=True)
-        )
-        texts.append(text.rstrip("\N{REPLACEMENT CHARACTER}"))  # half a character, whose other tokens did not come
-    return texts
+    for row in rows:
+        if on_text is not None and (more := row.certain(True)):
+            on_text(row.voice, row.prompt, more)
+    return [[row.text() for row in rows if row.voice == v] for v in range(len(voices))]
 
 
-def _prompt_ids(base: Base, prompt: str) -> list[int]:
+def token_scores(base: Base, lm_head: Any, pooled_BD: Tensor) -> Tensor:
+    """Scores of the next token of each row, (B, V), on the host."""
+    return capped(base.config, lm_head(pooled_BD).float().cpu())
+
+
+def continuation(base: Base, ids: Sequence[int], start: int) -> str:
+    """The text of the tokens from `start` on."""
+    row = _Row(base.tokenizer, 0, 0, list(ids[:start]), ())
+    row.ids.extend(ids[start:])
+    return row.text()
+
+
+class _Row:
+    """One prompt and what one voice has added to it."""
+
+    def __init__(self, tokenizer: Any, voice: int, prompt: int, ids: list[int], stop: Sequence[str]):
+        self.tokenizer, self.voice, self.prompt, self.ids, self.stop = tokenizer, voice, prompt, ids, tuple(stop)
+        self.start = len(ids)
+        self.before = tokenizer.decode(ids, skip_special_tokens=True)
+        self.given = ""
+
+    def add(self, token: int) -> bool:
+        """Take a token; True if a stop word is whole now, wherever its letters lie among the tokens."""
+        self.ids.append(token)
+        return bool(self.stop) and self._cut(self._readable()) is not None
+
+    def text(self) -> str:
+        """What was added, up to a stop word, and without half a character whose other tokens did not come."""
+        readable = self._readable()
+        return readable[: self._cut(readable)].rstrip(HALF)
+
+    def certain(self, ended: bool) -> str:
+        """Text that was not given out before and that no later token can change or turn into a stop word."""
+        text = self.text()
+        if not ended:
+            held = max((n for word in self.stop for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
+            text = text[: len(text) - held].rstrip(HALF)
+        if not text.startswith(self.given):  # a tokenizer that mends what it wrote: the whole text is given at the end
+            return ""
+        more = text[len(self.given) :]
+        self.given = text
+        return more
+
+    def _readable(self) -> str:
+        """Without the half character at its end, which the next token may complete."""
+        # decoded with the prompt, then cut: a token may hold half a character, or a space that depends on what stands before
+        whole: str = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if whole.startswith(self.before):
+            return whole[len(self.before) :].rstrip(HALF)
+        alone: str = self.tokenizer.decode(self.ids[self.start :], skip_special_tokens=True)
+        return alone.rstrip(HALF)
+
+    def _cut(self, text: str) -> int | None:
+        places = [place for word in self.stop if (place := text.find(word)) >= 0]
+        return min(places, default=None)
+
+
+def prompt_ids(base: Base, prompt: str) -> list[int]:
+    """Tokens of a text that goes on: some tokenizers end every text."""
     ids = base.tokenize(prompt)
     if len(ids) > 1 and ids[-1] == base.tokenizer.eos_token_id:
-        ids = ids[:-1]  # some tokenizers end every text; a prompt goes on
+        ids = ids[:-1]
     if not ids:
         raise RecipeError("the prompt is empty", hint='katei generate --model gemma3-270m "春の夜の"')
     return ids
 
 
-def _choose(scores_V: Tensor, sampling: Sampling, rng: torch.Generator) -> int:
+def _chat(base: Base, messages: list[dict[str, str]], **more: Any) -> str:
+    if not base.tokenizer.chat_template:
+        raise RecipeError(
+            f"the tokenizer of {base.name or 'this base'} has no chat template",
+            hint="leave out --chat, or use a base that was trained to chat, such as smollm2",
+        )
+    text: str = base.tokenizer.apply_chat_template(messages, tokenize=False, **more)
+    return text
+
+
+def _chat_ids(base: Base, prompt: str) -> list[int]:
+    text = _chat(base, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+    ids: list[int] = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    check_ids(ids, base.vocabulary, base.tokenizer)
+    return ids
+
+
+def stop_tokens(base: Base) -> set[int]:
+    """The tokens after which a text is over."""
+    own = base.config.eos_token_id
+    return {*(own if isinstance(own, list) else [own]), base.tokenizer.eos_token_id} - {None}
+
+
+def _ends(base: Base, chat: bool) -> set[int]:
+    """Tokens a text ends with; in a chat also what the template puts behind an answer."""
+    ends = stop_tokens(base)
+    if chat:
+        asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        front, whole = _chat(base, [asked], add_generation_prompt=True), _chat(base, [asked, answer])
+        if whole.startswith(front + "b"):
+            behind = base.tokenizer(whole[len(front) + 1 :], add_special_tokens=False)["input_ids"][:1]
+            ends |= set(behind) & set(base.tokenizer.all_special_ids + list(base.tokenizer.added_tokens_decoder))
+    return ends
+
+
+def choose_token(scores_V: Tensor, sampling: Sampling, rng: torch.Generator) -> int:
     if sampling.temperature == 0:
         return int(scores_V.argmax())
     p_V = torch.softmax(scores_V.double() / sampling.temperature, 0)
