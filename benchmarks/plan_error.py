@@ -108,11 +108,10 @@ def train(case: Case, metered: bool) -> dict[str, float]:
     """In a fresh process: an epoch, as `katei train` does it."""
     import time
 
+    from benchmarks.live import LiveBytes
     from katei.base.load import load_base
     from katei.base.packed import Base
     from katei.engine.lockstep import Lockstep
-
-    from benchmarks.live import LiveBytes
 
     resident = peak_bytes()
     loaded = load_base(str(base_folder(case.shape)), precision=case.precision)
@@ -124,7 +123,13 @@ def train(case: Case, metered: bool) -> dict[str, float]:
 
     def go() -> None:
         engine = Lockstep(
-            base, run.trials, run.classes, run.train, run.valid, token_budget=run.token_budget, checkpointing=run.checkpointing
+            base,
+            run.trials,
+            run.classes,
+            run.train,
+            run.valid,
+            token_budget=run.token_budget,
+            checkpointing=run.checkpointing,
         )
         engine.run()
 
@@ -135,11 +140,25 @@ def train(case: Case, metered: bool) -> dict[str, float]:
     else:
         go()
     seconds = time.perf_counter() - started
-    return {"live": weights + meter.peak, "process": peak_bytes(), "seconds": seconds, "resident": resident, "loaded": loaded_peak}
+    return {
+        "live": weights + meter.peak,
+        "process": peak_bytes(),
+        "seconds": seconds,
+        "resident": resident,
+        "loaded": loaded_peak,
+    }
 
 
 def apart(case: Case, metered: bool) -> dict[str, float]:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.plan_error", "--part", json.dumps([asdict(case), metered])]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.plan_error",
+        "--part",
+        json.dumps([asdict(case), metered]),
+    ]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"plan_error: {case.name} failed")

@@ -59,7 +59,7 @@ def test_the_cache_is_measured(tmp_path: Path) -> None:
 
 def test_low_disk_low_memory_and_a_blocked_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-    monkeypatch.setattr(module, "_container_limit_bytes", lambda: 10**9)
+    monkeypatch.setattr(module, "container_limit_bytes", lambda: 10**9)
     (tmp_path / "cache").write_text("a file")
     report = doctor()
     assert report["machine"]["memory_bytes"] == 10**9

@@ -13,7 +13,7 @@ import katei
 SOURCE = Path(katei.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
-# cli → api → study, ship → engine → methods → base, data → core; each may import what stands in a lower row.
+# cli → api → study, ship → plan → engine → methods → base, data → core; each may import what stands in a lower row.
 # methods stand above base since a method acts on a base's sites; doctor tells of base and api alone tells of doctor;
 # progress shows an engine, printing a study.
 ROWS = (
@@ -21,6 +21,7 @@ ROWS = (
     ("base", "data"),
     ("methods",),
     ("engine", "doctor"),
+    ("plan",),
     ("study", "ship"),
     ("progress",),
     ("printing",),

@@ -127,7 +127,7 @@ def plan(
     Rows are those of `data`, or `tokens` tokens each. `device` is a card's name, a size ("8GB"), "cpu" or "auto". Flags and recipe are
     those of `compare`.
     """
-    from katei.plan.study import plan_methods
+    from katei.study.planning import plan_methods
     from katei.study.recipe import load_recipe
 
     if data is None and tokens is None and recipe is None:

@@ -250,11 +250,15 @@ def plan(
         str | None, typer.Option(help=f"Comma-separated: {METHOD_HELP}; all means the book's six [all].")
     ] = None,
     model: BaseModel = None,
-    device: Annotated[str, typer.Option(help="A card (rtx2070, rtx4060ti-16gb …), a size (8GB), cpu or auto.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="A card (rtx2070, rtx4060ti-16gb …), a size (8GB), cpu or auto.")
+    ] = "auto",
     precision: Annotated[str, typer.Option(help="Comma-separated: fp32, bf16, fp16, nf4.")] = "fp32",
     tokens: Annotated[int | None, typer.Option(help="Tokens of the longest text, instead of DATA [200].")] = None,
     classes: Annotated[int, typer.Option(help="With --tokens: how many classes.")] = 2,
-    checkpointing: Annotated[bool, typer.Option(help="Recompute each layer in backward instead of keeping it.")] = False,
+    checkpointing: Annotated[
+        bool, typer.Option(help="Recompute each layer in backward instead of keeping it.")
+    ] = False,
     recipe: RecipeFile = None,
     settings: Settings = None,
     seeds: Annotated[int | None, typer.Option(help="Trials of each method in lockstep [1].")] = None,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from katei.base.builtin import BUILTINS, cache_folder
+from katei.core.machine import container_limit_bytes
 
 SHOWN = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "huggingface_hub", "datasets", "peft")
 LOW_MEMORY_BYTES = 4 * 1024**3
@@ -84,7 +85,7 @@ def _machine() -> dict[str, Any]:
     import psutil
 
     memory = psutil.virtual_memory()
-    limit = _container_limit_bytes()
+    limit = container_limit_bytes()
     return {
         "system": platform.platform(),
         "processor": _processor(),
@@ -93,18 +94,6 @@ def _machine() -> dict[str, Any]:
         "memory_bytes": min(memory.total, limit or memory.total),
         "available_bytes": min(memory.available, limit or memory.available),
     }
-
-
-def _container_limit_bytes() -> int | None:
-    """The memory limit of this process's container (cgroup), if it has one."""
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(file).read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            return int(text)
-    return None
 
 
 def _processor() -> str:

@@ -189,11 +189,8 @@ def print_plans(result: dict[str, Any]) -> None:
     """A stacked bar per plan against the device's limit, and how much more would fit."""
     console = _console()
     usable = result["usable_bytes"]
-    console.print(
-        Text(
-            f"{result['model']} on {result['device']}: {usable / 2**30:.2f} GiB usable of {result['capacity_bytes'] / 2**30:.2f}; {result['rows']}"
-        )
-    )
+    size = f"{usable / 2**30:.2f} GiB usable of {result['capacity_bytes'] / 2**30:.2f}"
+    console.print(Text(f"{result['model']} on {result['device']}: {size}; {result['rows']}"))
     widest = max([usable, *(plan["device_bytes"] for plan in result["plans"])])
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("method", "", "needs", "", "text ≤", "batch ≤", "trials ≤", "trained"):

@@ -78,7 +78,9 @@ def test_unused_segments_are_given_back_only_when_the_device_is_full() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 40 * MIB), st.booleans()), max_size=60), st.randoms(use_true_random=False))
-def test_what_is_allocated_is_covered_and_all_of_it_comes_back(requests: list[tuple[int, bool]], random: object) -> None:
+def test_what_is_allocated_is_covered_and_all_of_it_comes_back(
+    requests: list[tuple[int, bool]], random: object
+) -> None:
     allocator = CachingAllocator()
     live: dict[int, int] = {}
     for name, (size, let_go) in enumerate(requests):

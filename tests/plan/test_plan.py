@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from benchmarks.live import LiveBytes
+from tests.helpers.models import CONFIGS, tiny_model
+
 from katei import api
 from katei.base.packed import Base
 from katei.core.errors import BaseError
@@ -18,7 +19,6 @@ from katei.plan import fake
 from katei.plan.devices import find_device
 from katei.plan.plan import Planner, Run
 from katei.plan.shapes import SHAPES, bundled
-from tests.helpers.models import CONFIGS, tiny_model
 
 CPU = replace(find_device("cpu"), usable_bytes=1 << 40)
 
@@ -30,7 +30,9 @@ def run_of(name: str, trials: int, batch_size: int, *, checkpointing: bool = Fal
     tokens = Tokens(ids, tuple(i % 3 for i in range(6)))
     method = METHODS[name](**({"layers": 2} if name == "llama-adapter" else {}))
     training = Training(learning_rate=1e-3, epochs=2, batch_size=batch_size)
-    made = tuple(Trial(f"{name}-{k}", method, k, training, tuple(range(6))) for k in range(1 if name == "full" else trials))
+    made = tuple(
+        Trial(f"{name}-{k}", method, k, training, tuple(range(6))) for k in range(1 if name == "full" else trials)
+    )
     return Run(made, 3, tokens, tokens, 64, checkpointing)
 
 
@@ -53,7 +55,12 @@ def test_live_bytes_are_the_real_runs_to_the_byte(
 
 def test_the_books_facts() -> None:
     result = api.plan(
-        model="llm-jp/llm-jp-3-1.8b", methods=["lora", "full"], device="rtx2070", tokens=60, settings=None, recipe="book"
+        model="llm-jp/llm-jp-3-1.8b",
+        methods=["lora", "full"],
+        device="rtx2070",
+        tokens=60,
+        settings=None,
+        recipe="book",
     )
     lora, full = result["plans"]
     assert lora["trainable"] == 200_704
@@ -72,7 +79,8 @@ def test_a_bundled_shape_is_a_config_of_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "mib"), [("rtx2070", 8192), ("RTX 2070", 8192), ("GeForce RTX 4060 Ti", 8188), ("2070", 8192), ("8GB", 8192)]
+    ("typed", "mib"),
+    [("rtx2070", 8192), ("RTX 2070", 8192), ("GeForce RTX 4060 Ti", 8188), ("2070", 8192), ("8GB", 8192)],
 )
 def test_a_device_is_found_however_it_is_written(typed: str, mib: int) -> None:
     assert find_device(typed).capacity_bytes == mib << 20

@@ -358,12 +358,7 @@ class Base:
 
     def frozen_tensors(self) -> list[Tensor]:
         """Everything it holds: the model's own tensors, and the norms' effective weights where these are others."""
-        norms = [
-            norm.scale_D
-            for layer in self.usual_layers
-            for norm in vars(layer).values()
-            if isinstance(norm, Norm)
-        ]
+        norms = [norm.scale_D for layer in self.usual_layers for norm in vars(layer).values() if isinstance(norm, Norm)]
         return [*self.model.parameters(), *self.model.buffers(), *norms]
 
     # ---------------------------------------------------------------- how this architecture calls its layers

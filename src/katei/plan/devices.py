@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from katei.core.errors import BaseError, nearest
+from katei.core.machine import container_limit_bytes
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -114,7 +115,9 @@ def find_device(name: str) -> Device:
     for known, (mib, capability) in _CARDS.items():
         if short in (known.replace("-", ""), known.replace("-", "").removeprefix("rtx").removeprefix("gtx")):
             return _cuda(known, mib * MIB, capability)
-    raise BaseError(f"no device '{name}' is known", hint=f"{nearest(key, [*_CARDS, 'auto', 'cpu'])}; or its memory: 8GB")
+    raise BaseError(
+        f"no device '{name}' is known", hint=f"{nearest(key, [*_CARDS, 'auto', 'cpu'])}; or its memory: 8GB"
+    )
 
 
 def _cuda(name: str, capacity: int, capability: float) -> Device:
@@ -146,18 +149,5 @@ def _cpu() -> Device:
     import psutil
 
     memory = psutil.virtual_memory()
-    limit = min(memory.total, _cgroup_limit() or memory.total)
+    limit = min(memory.total, container_limit_bytes() or memory.total)
     return Device("cpu", "cpu", limit, min(memory.available, limit))
-
-
-def _cgroup_limit() -> int | None:
-    """A container's own limit, where there is one."""
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(file, encoding="ascii") as text:
-                value = text.read().strip()
-        except OSError:
-            continue
-        if value.isdigit():
-            return int(value)
-    return None

@@ -48,11 +48,11 @@ _BORN_IN: dict[CodeType, str] = {
 """The innermost of these on the stack decides."""
 
 
-class Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Storages that were there before are met as `WEIGHTS` if they are `claim`ed so, else not at all."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self.events: list[tuple[int, int]] = []
         self.by_owner: Counter[str] = Counter()

@@ -230,7 +230,7 @@ def _meets(places: Sequence[int], heights: Sequence[int], limit: int) -> int:
     """Where the parabola (line) through two or three points reaches `limit`, a little below."""
     degree = min(2, len(places) - 1)
     curve = np.polynomial.Polynomial.fit(places, heights, degree) - limit
-    roots = [float(root.real) for root in curve.roots() if abs(root.imag) < 1e-9 and root.real > 0]
+    roots = [z.real for z in map(complex, curve.roots()) if abs(z.imag) < 1e-9 and z.real > 0]
     if not roots:
         return max(places) + 1
     return int(0.998 * min(roots, key=lambda root: abs(root - max(places))))

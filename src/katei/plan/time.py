@@ -42,7 +42,7 @@ class Costs(TorchDispatchMode):
     calls: int = 0
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -123,7 +123,7 @@ def calibrate(width: int, mlp: int, *, seconds: float = 2.0) -> Machine:
 def _seconds(run: Callable[[], Any], budget: float) -> float:
     """The median time of `run`, repeated for `budget` seconds."""
     run()
-    times = []
+    times: list[float] = []
     end = time.perf_counter() + budget
     while time.perf_counter() < end or len(times) < 3:
         started = time.perf_counter()

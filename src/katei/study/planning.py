@@ -61,7 +61,7 @@ def rows_of(recipe: Recipe, config: PreTrainedConfig, tokens: int | None, classe
         name: encode(tokenizer, split, recipe.max_length, config.vocab_size) for name, split in dataset.splits.items()
     }
     longest = max(len(ids) for ids in split["train"].ids)
-    said = f"{dataset.name}, {len(split['train'])} rows, {longest} tokens at most"
+    said = f"{recipe.data}, {len(split['train'])} rows, {longest} tokens at most"
     return Rows(split["train"], split.get("valid"), len(dataset.label_names), said)
 
 
