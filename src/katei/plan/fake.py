@@ -28,7 +28,7 @@ MOST_STEPS = 100_000
 
 
 LOOKED_AT = 3
-"""Steps, and passes of the evaluation, that are run."""
+"""Steps that are run to find the heaviest."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,9 @@ def trace_study(
             _go_to(engine, step)
             engine.step()
         trained = meter.peak
-        for rows in heaviest_passes(engine, valid) if valid is not None else ():
-            score_rows(
-                base,
-                engine.stacks,
-                [(row.stack, row.adapter, row.ids) for row in rows],
-                token_budget=token_budget,
-                entries=engine.entries,
-                cache=engine.cache,
-            )
+        if valid is not None:
+            rows = [(row.stack, row.adapter, row.ids) for row in heaviest_pass(engine, valid)]
+            score_rows(base, engine.stacks, rows, token_budget=token_budget, entries=engine.entries, cache=engine.cache)
         where = "train" if meter.peak == trained else "evaluate"
         stack = engine.stacks[0]
         return Trace(
@@ -126,14 +120,14 @@ def heaviest_steps(engine: Lockstep) -> list[int]:
     return list(dict.fromkeys(found[one][0] for one in _heaviest(engine, {k: v[1] for k, v in found.items()})))
 
 
-def heaviest_passes(engine: Lockstep, tokens: Tokens) -> list[list[PackedRow]]:
-    """The evaluation passes that hold most, of all trials side by side."""
+def heaviest_pass(engine: Lockstep, tokens: Tokens) -> list[PackedRow]:
+    """The evaluation pass that holds most, of all trials side by side."""
     rows = [PackedRow(state.stack, state.n, ids) for state in engine.states for ids in tokens.ids]
     found = {}
     for one in passes(_lengths(engine, rows), engine.token_budget):
         inside = [rows[i] for i in one]
         found[tuple(_lengths(engine, inside))] = inside
-    return [found[one] for one in _heaviest(engine, found)]
+    return found[_heaviest(engine, found)[0]]
 
 
 def _lengths(engine: Lockstep, rows: Sequence[PackedRow]) -> list[int]:

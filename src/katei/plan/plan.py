@@ -120,6 +120,11 @@ class Planner:
         return int(self.config.vocab_size)
 
     @cached_property
+    def positions(self) -> int:
+        """Tokens the base can tell apart by place."""
+        return int(getattr(self.config, "max_position_embeddings", None) or MOST)
+
+    @cached_property
     def depth(self) -> int:
         return int(self.config.num_hidden_layers)
 
@@ -145,7 +150,7 @@ class Planner:
             parts=trace.parts,
             where=trace.where,
             fits=room >= 0,
-            max_tokens=self.most(run, lambda n: (1, n)),
+            max_tokens=min(self.most(run, lambda n: (1, n)), self.positions),
             max_batch_size=self.most(run, lambda n: (n, longest)),
             max_trials=max(0, len(run.trials) + room // per_trial) if room >= 0 else 0,
         )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from transformers import PreTrainedConfig
 
 from katei.base.builtin import BUILTINS
 from katei.base.load import load_config, load_tokenizer
-from katei.core.errors import BaseError
+from katei.core.errors import BaseError, RunError
 from katei.data import load_dataset
 from katei.engine.lockstep import Tokens, Trial
 from katei.methods.full import Full
@@ -21,6 +25,9 @@ from katei.plan.process import resident_bytes
 from katei.plan.shapes import bundled
 from katei.study.recipe import Recipe
 from katei.study.run import encode
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 ROWS = 200
 """Rows of a study that is planned by a number of tokens alone."""
@@ -71,6 +78,42 @@ def trials_of(recipe: Recipe, name: str, rows: int) -> tuple[Trial, ...]:
     return tuple(Trial(f"{name}-{seed}", method, seed, training, tuple(range(rows))) for seed in seeds)
 
 
+def in_processes(work: Callable[[Sequence[A]], list[B]], items: Sequence[A]) -> list[B]:
+    """`work` on all items, in order, shared out over the cores by forking where that is possible: only shapes are computed, so
+    there are no threads of torch's that a fork could lose.
+    """
+    count = min(len(items), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    if count < 2 or "fork" not in multiprocessing.get_all_start_methods():
+        return work(items)
+    results: list[list[B]] = []
+    fork = multiprocessing.get_context("fork")
+    ends = []
+    for k in range(count):
+        here, there = fork.Pipe(duplex=False)
+        process = fork.Process(target=_send, args=(there, work, items[k::count]))
+        process.start()
+        there.close()
+        ends.append((here, process))
+    for here, process in ends:
+        try:
+            answer = here.recv()
+        except EOFError:
+            answer = RunError("a process that planned was killed", hint="plan fewer methods at once")
+        process.join()
+        if isinstance(answer, BaseException):
+            raise answer
+        results.append(answer)
+    return [results[i % count][i // count] for i in range(len(items))]
+
+
+def _send(there: Any, work: Callable[[Sequence[A]], list[B]], items: Sequence[A]) -> None:
+    torch.set_num_threads(1)
+    try:
+        there.send(work(items))
+    except BaseException as error:
+        there.send(error)
+
+
 def plan_methods(
     recipe: Recipe,
     device: str,
@@ -85,21 +128,25 @@ def plan_methods(
     where = find_device(device)
     config = shape_of(recipe.model, say)
     rows = rows_of(recipe, config, tokens, classes)
-    plans: list[Plan] = []
-    for precision in precisions:
-        with Planner(config, precision, where, resident_bytes()) as planner:
-            for name in recipe.methods:
-                if name == Full.name and precision != "fp32":
-                    continue
-                run = Run(
-                    trials_of(recipe, name, len(rows.train)),
-                    rows.classes,
-                    rows.train,
-                    rows.valid,
-                    recipe.token_budget,
-                    checkpointing,
-                )
-                plans.append(planner.plan(run))
+    asked = [
+        (precision, name)
+        for precision in precisions
+        for name in recipe.methods
+        if name != Full.name or precision == "fp32"
+    ]
+    resident = resident_bytes()
+
+    def plan_some(some: Sequence[tuple[str, str]]) -> list[Plan]:
+        plans = []
+        for precision, inside in groupby(some, key=lambda pair: pair[0]):
+            with Planner(config, precision, where, resident) as planner:
+                for _, name in inside:
+                    trials = trials_of(recipe, name, len(rows.train))
+                    run = Run(trials, rows.classes, rows.train, rows.valid, recipe.token_budget, checkpointing)
+                    plans.append(planner.plan(run))
+        return plans
+
+    plans = in_processes(plan_some, asked)
     return {
         "model": recipe.model,
         "device": where.name,
