@@ -391,6 +391,10 @@ def pipe(lora: Trained) -> Iterator[Any]:
             one.end()
 
 
+ROUNDING = 1e-5
+"""Which lines share a pass depends on when they arrive, so the last bits of float32 differ: up to 2e-6 was seen."""
+
+
 def test_a_line_is_answered_before_the_next_is_written(pipe: Any, expected: np.ndarray) -> None:
     talk = pipe()
     assert talk.line() == "text\tprediction\tprobability_cold\tprobability_暖かい"
@@ -398,7 +402,7 @@ def test_a_line_is_answered_before_the_next_is_written(pipe: Any, expected: np.n
         talk.feed.write(f"{text}\r\n".encode())
         fields = talk.line().split("\t")
         assert fields[:2] == [text, ("cold", "暖かい")[p_C.argmax()]]
-        assert np.abs(np.array(fields[2:], dtype=float) - p_C).max() < 1e-6
+        assert np.abs(np.array(fields[2:], dtype=float) - p_C).max() < ROUNDING
     talk.feed.write(TEXTS[3].encode())  # no line break at the end
     assert talk.end().startswith(TEXTS[3])
     assert talk.error is None
@@ -419,7 +423,7 @@ def test_many_lines_as_json_in_order(pipe: Any, expected: np.ndarray) -> None:
     talk.end()
     assert [row["text"] for row in rows] == TEXTS
     written = np.array([[float(row["probability_cold"]), float(row["probability_暖かい"])] for row in rows])
-    assert np.abs(written - expected).max() < 1e-6
+    assert np.abs(written - expected).max() < ROUNDING
     assert list(rows[0])[-2:] == ["top_1", "top_1_probability"]
 
 
