@@ -13,7 +13,7 @@ import time
 
 from benchmarks.measure import ROOT, arguments, commit, machine, say, versions
 
-IN_TURN = ("startup", "step", "memory", "book", "folds", "top_layers", "batches", "predict", "serve_load")
+IN_TURN = ("startup", "step", "memory", "book", "folds", "top_layers", "batches", "predict")
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def main() -> None:
     if options.full:
         full(figures, sides, options.data)
         return
-    n, rows = (1, (6, 2, 2)) if options.quick else (3, (36, 12, 12))
+    n, rows = (1, (4, 2, 2)) if options.quick else (3, (36, 12, 12))
     check_gently(sides.theirs, sides.ours, book_task(sides, (3, 1, 1), epochs=2, data=options.data))
 
     task = book_task(sides, rows, epochs=2, data=options.data)

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--data", default=DATA)
     options = parser.parse_args()
     figures = Figures("folds", quick=options.quick)
-    n, rows, valid = (1, 5, 2) if options.quick else (3, 20, 8)
+    n, rows, valid = (1, 3, 2) if options.quick else (3, 20, 8)
     sides = Sides()
     task = folds_task(sides, rows, valid, options.data)
     measured = itertools.cycle(range(FOLDS))

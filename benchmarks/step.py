@@ -92,7 +92,7 @@ def roofline(base: Base) -> tuple[float, str]:
 
 
 GROUPS = {
-    "frozen products": ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm"),
+    "frozen products": ("mkldnn::_linear_pointwise",),
     "attention": ("_ShortAttention", "_ShortAttentionBackward"),
     "gate and up": ("_Gated", "_GatedBackward"),
     "norms": ("_RmsNorm", "_RmsNormBackward"),
@@ -102,23 +102,29 @@ GROUPS = {
 """Where a step's time goes, by the profiler's names; what happens inside a name is its own."""
 
 
-def profile(figures: Figures, engine: Lockstep, trials: int) -> None:
-    """Shares of one step's time, each a median of five."""
+def profile(figures: Figures, base: Base, engine: Lockstep, trials: int) -> None:
+    """Shares of one step's time, and the frozen products' rate against the roofline, each a median of five."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as watch
 
     shares: dict[str, list[float]] = {name: [] for name in (*GROUPS, "calls around the products")}
+    rates = []
+    _, needed = work(base)
     for _ in range(5):
+        best, _ = roofline(base)
         with watch(activities=[ProfilerActivity.CPU]) as watched:
             engine.tick()
         events = {event.key: event for event in watched.key_averages()}
         whole = sum(event.self_cpu_time_total for event in events.values())
         for name, keys in GROUPS.items():
             shares[name].append(sum(events[key].cpu_time_total for key in keys if key in events) / whole)
+        product_us = sum(events[key].cpu_time_total for key in GROUPS["frozen products"])
+        rates.append(trials * needed / (product_us * 1e-6) / best)
         around = ("_FrozenLinear", "_FrozenLinearBackward")
         shares["calls around the products"].append(sum(events[key].self_cpu_time_total for key in around) / whole)
     for name, values in shares.items():
         figures.add("share of the step's time", "", values, case=name, note=f"K={trials}, profiled")
+    figures.add("rate of the frozen products ÷ roofline", "", rates, bound=1.0, note=f"K={trials}, profiled")
 
 
 def main() -> None:
@@ -131,7 +137,7 @@ def main() -> None:
         engine = sides.lockstep(lora_task(sides.base, 30))
         for _ in range(3):
             engine.tick()
-        profile(figures, engine, 30)
+        profile(figures, sides.base, engine, 30)
         return
     counts, rounds = ((1, 6, 30), 2) if options.quick else ((1, 2, 6, 12, 30, 100), 7)
     sides = Sides()

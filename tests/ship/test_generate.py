@@ -144,7 +144,10 @@ def test_a_stop_word_ends_it_wherever_its_letters_lie_among_the_tokens(base: Pat
 
     def tell(prompt: str, *stop: str) -> tuple[str, str]:
         given: list[str] = []
-        hear = lambda voice, n, more: given.append(more)  # noqa: E731
+
+        def hear(voice: int, n: int, more: str) -> None:
+            given.append(more)
+
         texts = continue_(packed, lm_head, [prompt], Sampling(new_tokens=14), stop=stop, on_text=hear)
         return texts[0][0], "".join(given)
 

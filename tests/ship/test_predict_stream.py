@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -300,10 +301,19 @@ def test_top_k(lora: Trained, file: Path, tmp_path: Path, expected: np.ndarray) 
 def test_calibrated_by_the_runs_validation_rows_or_by_the_adapters_own_note(
     lora: Trained, file: Path, tmp_path: Path, expected: np.ndarray
 ) -> None:
-    table = pq.read_table(lora.run / "predictions.parquet").to_pylist()
-    valid = [row for row in table if row["split"] == "valid"]
+    with pytest.raises(AdapterError, match="validation rows are classified right") as refused:
+        api.predict(lora.run, file, out=tmp_path / "o.jsonl", calibrated=True)
+    assert "--calibrated" in (refused.value.hint or "")
+    run = tmp_path / "run"
+    shutil.copytree(lora.run, run)
+    table = pq.read_table(run / "predictions.parquet")
+    rows = table.to_pylist()
+    valid = [row for row in rows if row["split"] == "valid"]
+    valid[0]["label"] = "cold" if valid[0]["label"] != "cold" else "暖かい"
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), run / "predictions.parquet")
     probability_EC = np.array([[row["probability_cold"], row["probability_暖かい"]] for row in valid])
     temperature = fit_temperature(probability_EC, [("cold", "暖かい").index(row["label"]) for row in valid])
+    assert temperature is not None
     assert temperature != pytest.approx(1.0)
 
     def check(run: Path, temperature: float) -> None:
@@ -313,7 +323,7 @@ def test_calibrated_by_the_runs_validation_rows_or_by_the_adapters_own_note(
         assert np.allclose(written, with_temperature(expected, temperature), atol=1e-12)
         assert [row["prediction"] for row in rows] == [("cold", "暖かい")[c] for c in expected.argmax(1)]
 
-    check(lora.run, temperature)
+    check(run, temperature)
     alone = tmp_path / "alone" / "adapter"
     shutil.copytree(lora.trial("lora"), alone)
     with pytest.raises(AdapterError, match="no temperature") as refused:
@@ -391,21 +401,30 @@ def pipe(lora: Trained) -> Iterator[Any]:
             one.end()
 
 
-def test_a_line_is_answered_before_the_next_is_written(pipe: Any, expected: np.ndarray) -> None:
+@pytest.fixture(scope="module")
+def rounding(lora: Trained, expected: np.ndarray) -> float:
+    """Which lines share a pass depends on when they arrive, so the last bits of float32 differ: at most twice as much as they
+    do between a file's windows and a row alone."""
+    opened = open_adapter(lora.trial("lora"), say=lambda text: None)
+    alone = np.concatenate([predict_texts(*opened, [text]) for text in TEXTS])
+    return 2 * float(np.abs(alone - expected).max())
+
+
+def test_a_line_is_answered_before_the_next_is_written(pipe: Any, expected: np.ndarray, rounding: float) -> None:
     talk = pipe()
     assert talk.line() == "text\tprediction\tprobability_cold\tprobability_暖かい"
     for text, p_C in zip(TEXTS[:3], expected, strict=False):
         talk.feed.write(f"{text}\r\n".encode())
         fields = talk.line().split("\t")
         assert fields[:2] == [text, ("cold", "暖かい")[p_C.argmax()]]
-        assert np.abs(np.array(fields[2:], dtype=float) - p_C).max() < 1e-6
+        assert np.abs(np.array(fields[2:], dtype=float) - p_C).max() <= rounding
     talk.feed.write(TEXTS[3].encode())  # no line break at the end
     assert talk.end().startswith(TEXTS[3])
     assert talk.error is None
     assert (talk.result["rows"], talk.result["out"]) == (4, "-")
 
 
-def test_many_lines_as_json_in_order(pipe: Any, expected: np.ndarray) -> None:
+def test_many_lines_as_json_in_order(pipe: Any, expected: np.ndarray, rounding: float) -> None:
     talk = pipe(format="jsonl", top_k=1, abstain=0.0)
 
     def write() -> None:
@@ -419,7 +438,7 @@ def test_many_lines_as_json_in_order(pipe: Any, expected: np.ndarray) -> None:
     talk.end()
     assert [row["text"] for row in rows] == TEXTS
     written = np.array([[float(row["probability_cold"]), float(row["probability_暖かい"])] for row in rows])
-    assert np.abs(written - expected).max() < 1e-6
+    assert np.abs(written - expected).max() <= rounding
     assert list(rows[0])[-2:] == ["top_1", "top_1_probability"]
 
 

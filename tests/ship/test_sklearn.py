@@ -284,17 +284,31 @@ def test_held_out_rows_are_not_trained_on(base: Path) -> None:
     losses = [epoch["valid_loss"] for epoch in model.history_]
     assert None not in losses
     assert len(losses) <= 6
-    texts, labels = TEXTS, np.array(LABELS)
-    from sklearn.model_selection import train_test_split
-
-    y = (labels == "暖かい").astype(int)
-    _, valid = train_test_split(range(16), test_size=0.25, stratify=y, random_state=0)
-    held = sorted(valid)
-    probability_EC = model.predict_proba([texts[i] for i in held])
+    held, y, probability_EC = held_out(model, LABELS)
     assert -np.log(probability_EC[range(4), y[held]]).mean() == pytest.approx(min(losses), rel=1e-5)  # the best epoch
-    assert note["temperature"] == pytest.approx(fit_temperature(probability_EC, y[held]), rel=1e-3)
+    assert note["temperature"] is None  # all four are right
     with pytest.raises(InputError, match="held out"):
         small(base, validation_fraction=0.25).fit(["a", "b", "c", "d", "e"], [0, 0, 0, 0, 1])
+
+
+def test_the_temperature_is_the_held_out_rows(base: Path) -> None:
+    labels = [("cold", "暖かい")[i // 2 % 2] for i in range(len(TEXTS))]  # what no text tells of
+    model = small(base, validation_fraction=0.25, epochs=2).fit(TEXTS, labels)
+    held, y, probability_EC = held_out(model, labels)
+    temperature = fit_temperature(probability_EC, y[held])
+    assert temperature is not None
+    written = json.loads((model.folder_ / "katei.json").read_text())["temperature"]
+    assert written == pytest.approx(temperature, rel=1e-3)
+
+
+def held_out(model: PeftClassifier, labels: list[str]) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """The rows a quarter of which was held out: which, all classes, and their probabilities."""
+    from sklearn.model_selection import train_test_split
+
+    y = (np.array(labels) == "暖かい").astype(int)
+    _, valid = train_test_split(range(16), test_size=0.25, stratify=y, random_state=0)
+    held = sorted(valid)
+    return held, y, model.predict_proba([TEXTS[i] for i in held])
 
 
 # -------------------------------------------------------------------- pickles and folders

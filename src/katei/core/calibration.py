@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 COLDEST, HOTTEST = 0.05, 20.0
-"""Bounds of the temperature. Rows that are all classified right have no optimum (the colder the better), and get `COLDEST`."""
+"""Bounds of the temperature. Rows that are all classified right have no optimum (the colder the better)."""
 SMALLEST = 1e-300
 """Stands for a probability of 0, whose logarithm is infinite."""
 
 
-def fit_temperature(probability_EC: Floats, labels: Sequence[int]) -> float:
-    """The temperature under which `labels` are the likeliest.
+def fit_temperature(probability_EC: Floats, labels: Sequence[int]) -> float | None:
+    """The temperature under which `labels` are the likeliest; None where that is the coldest one, at which every answer sounds certain.
 
     The rows must not have been trained on: validation rows, or out-of-fold predictions. Raises ValueError for no rows, or for
     numbers that are not probabilities.
@@ -46,7 +46,7 @@ def fit_temperature(probability_EC: Floats, labels: Sequence[int]) -> float:
     low, high = np.log(1 / HOTTEST), np.log(1 / COLDEST)
     found = minimize_scalar(nats, bounds=(low, high), method="bounded", options={"xatol": 1e-9})
     best = min((float(found.x), low, high), key=nats)
-    return float(np.exp(-best))
+    return None if high - best < 1e-3 else float(np.exp(-best))
 
 
 def with_temperature(probability_EC: Floats, temperature: float) -> Floats:

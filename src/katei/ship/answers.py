@@ -85,12 +85,19 @@ def temperature_of(folder: Path, note: AdapterNote) -> float:
             )
             right = [note.labels.index(label) for label in rows["label"].to_pylist()]
             probability_EC = np.stack([rows[name].to_numpy() for name in columns[1:]], axis=1)
-            if right:
-                return fit_temperature(probability_EC, right)
+            temperature = fit_temperature(probability_EC, right) if right else None
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise AdapterError(
                 f"its validation rows cannot be read: {error}", file=predictions, hint="leave out --calibrated"
             ) from None
+        if temperature is not None:
+            return temperature
+        if right:
+            raise AdapterError(
+                f"no temperature can be fitted: all of its run's {len(right)} validation rows are classified right",
+                file=folder,
+                hint="leave out --calibrated",
+            )
     raise AdapterError(
         "has no temperature, and no predictions of validation rows lie in its run",
         file=folder,
