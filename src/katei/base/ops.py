@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from katei.base.host import shapes_only
+
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 """Names of `config.hidden_act` that `gated` knows."""
 
@@ -195,15 +197,29 @@ def attention(
         # there grouped heads in float32, or with a mask, would go the way that keeps every score; its memory-efficient kernel
         # takes equal numbers of heads alone
         k_BGLK, v_BGLK = (x.repeat_interleave(groups, 1) for x in (k_BGLK, v_BGLK))
-    return F.scaled_dot_product_attention(
-        q_BHLK,
-        k_BGLK,
-        v_BGLK,
-        attn_mask=visible,
-        is_causal=causal and visible is None,
-        scale=scaling,
-        enable_gqa=heads != k_BGLK.shape[1],
-    )
+    return torch_attention(q_BHLK, k_BGLK, v_BGLK, scaling, visible, causal and visible is None)
+
+
+def torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, visible: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """torch's own, by the kernel it picks on the device; on "meta" by the one it picks on the planned device
+    (aten/native/transformers/attention.cpp), since for "meta" itself it picks the one that keeps every score.
+    """
+    if not shapes_only(q):
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, is_causal=causal, scale=scaling, enable_gqa=gqa
+        )
+    mask = None
+    if visible is not None:
+        mask = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(visible.logical_not(), -torch.inf)
+    aten = torch.ops.aten
+    if device_kind(q) == "cuda":
+        kernel = aten._scaled_dot_product_efficient_attention
+        return kernel(q, k, v, mask, True, 0.0, causal, scale=scaling)[0]  # type: ignore[no-any-return]
+    kernel = aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(q, k, v, 0.0, causal, attn_mask=mask, scale=scaling)[0]  # type: ignore[no-any-return]
 
 
 class _ShortAttention(Function):

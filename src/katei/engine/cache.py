@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from katei.base.host import shapes_only
 from katei.base.packed import Base
 from katei.base.stream import Bare, PackedRow, Stream, passes
 
@@ -69,8 +70,9 @@ class ActivationCache:
         if key in self.in_memory:
             return self.in_memory[key]
         if key in self.in_file:
-            assert self.file is not None
             offset, shape = self.in_file[key]
+            if self.file is None:
+                return torch.empty(shape, dtype=self.base.dtype, device="meta")
             self.file.seek(offset)
             kind = torch.empty(0, dtype=self.base.dtype).element_size()
             content = bytearray(self.file.read(kind * int(np.prod(shape))))
@@ -85,9 +87,11 @@ class ActivationCache:
         elif size <= self.file_left:
             self.memory_left = 0  # later rows go behind it, so that which rows are kept depends on their order alone
             self.file_left -= size
-            self.file = self.file or tempfile.TemporaryFile(prefix="katei-")  # noqa: SIM115 (lives as long as the cache)
-            offset = self.file.seek(0, 2)
-            self.file.write(piece_TD.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            offset = 0
+            if not shapes_only(piece_TD):  # without numbers there is nothing to write
+                self.file = self.file or tempfile.TemporaryFile(prefix="katei-")  # noqa: SIM115 (lives as long as the cache)
+                offset = self.file.seek(0, 2)
+                self.file.write(piece_TD.contiguous().cpu().view(torch.uint8).numpy().tobytes())
             self.in_file[key] = (offset, tuple(piece_TD.shape))
         else:
             self.memory_left = self.file_left = 0

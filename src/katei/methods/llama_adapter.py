@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from katei.base import ops
 from katei.base.packed import Base
 from katei.base.stream import Part
 from katei.core.errors import RecipeError
@@ -84,8 +85,7 @@ class LLaMAAdapterStack(Stack):
         k_BGPK, v_BGPK = (x if self.adapters == 1 else x[adapter_B] for x in (k_NGPK, v_NGPK))
         if self.adapters == 1:
             k_BGPK, v_BGPK = (x.expand(len(adapter_B), *x.shape[1:]) for x in (k_BGPK, v_BGPK))
-        gqa = q_BHLK.shape[1] != k_BGPK.shape[1]
-        added_BHLK = F.scaled_dot_product_attention(q_BHLK, k_BGPK, v_BGPK, scale=scaling, enable_gqa=gqa)
+        added_BHLK = ops.torch_attention(q_BHLK, k_BGPK, v_BGPK, scaling)
         gate_B = self.tensors[f"{layer}.gate"][adapter_B]
         return out_BHLK + gate_B[:, :, None, None].to(out_BHLK.dtype) * added_BHLK
 

@@ -1,9 +1,10 @@
 """The engine's own step on tensors without numbers: what it would hold, born and gone in the same order.
 
-    config → Base of fake tensors → Lockstep, the real one → its heaviest training step and evaluation pass → Trace
+    config → Base on "meta" → Lockstep, the real one → its heaviest training step and evaluation pass → Trace
 
 Nothing here knows how much a layer keeps: a change of the engine changes the trace. Where the engine reads numbers on the host it
-asks `katei.base.host`, which answers for fake tensors as a healthy run would.
+asks `katei.base.host`, which answers for tensors on "meta" as a healthy run would; where it chooses between kernels it asks
+`ops.device_kind`, which answers for the planned device.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+import torch
 from transformers import AutoModel, PreTrainedConfig
 
 from katei.base import ops
@@ -49,19 +50,16 @@ class Trace:
 
 @contextmanager
 def without_numbers(*, cuda: bool = False) -> Iterator[None]:
-    """Inside, tensors are shapes alone.
-
-    A CPU build of torch has no fake CUDA tensors, so with `cuda` the tensors are the CPU's and the engine takes the way it takes
-    on CUDA (`ops.planned`).
-    """
-    with FakeTensorMode(allow_non_fake_inputs=True), ops.planned("cuda" if cuda else "cpu"):
+    """Inside, what runs on "meta" takes the ways it takes on the CPU, or on a CUDA device."""
+    with ops.planned("cuda" if cuda else "cpu"):
         yield
 
 
-def fake_base(config: PreTrainedConfig, precision: str) -> Base:
-    """A base of this shape; call it, and use it, inside `without_numbers`."""
-    with quiet():
-        return Base(AutoModel.from_config(config, dtype=pick_dtype(precision)).eval().requires_grad_(False))
+def base_of_shape(config: PreTrainedConfig, precision: str) -> Base:
+    """A base without numbers; call it, and use it, inside `without_numbers`."""
+    with quiet(), torch.device("meta"):
+        model = AutoModel.from_config(config, dtype=pick_dtype(precision))
+    return Base(model.eval().requires_grad_(False))
 
 
 def trace_study(
@@ -160,7 +158,5 @@ def _weight(engine: Lockstep, rows: Sequence[PackedRow]) -> float:
 
 def _go_to(engine: Lockstep, step: int) -> None:
     """Every trial stands before its step `step`."""
-    with unset_fake_temporarily():  # an epoch's order is drawn here, where there are numbers
-        for state in engine.states:
-            state.step = min(step, state.trial.total_steps - 1)
-            state.batch()
+    for state in engine.states:
+        state.step = min(step, state.trial.total_steps - 1)

@@ -1,4 +1,4 @@
-"""Follows every tensor's storage through a run, real or fake: when it is born and gone, and whose it is.
+"""Follows every storage on "meta" through a run: when it is born and gone, and whose it is.
 
     with Meter() as meter:                live, peak           bytes now, at most
         …                                 at_peak              bytes by owner when there were most
@@ -65,7 +65,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.device.type == "meta":
                 self._meet(tensor, None)
         return result
 

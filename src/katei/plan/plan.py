@@ -24,7 +24,7 @@ from katei.engine.lockstep import Tokens, Trial
 from katei.methods.llama_adapter import LLaMAAdapter
 from katei.plan.allocator import CachingAllocator
 from katei.plan.devices import Device
-from katei.plan.fake import Trace, fake_base, trace_study, without_numbers
+from katei.plan.fake import Trace, base_of_shape, trace_study, without_numbers
 from katei.plan.meter import ADAPTERS, GRADIENTS, MOMENTS, WEIGHTS
 from katei.plan.process import HOLES, WeightsFile, process_bytes, weights_file
 
@@ -112,7 +112,7 @@ class Planner:
 
     def base(self, layers: int) -> Base:
         if layers not in self.bases:
-            self.bases[layers] = fake_base(_with_layers(self.config, layers), self.precision)
+            self.bases[layers] = base_of_shape(_with_layers(self.config, layers), self.precision)
         return self.bases[layers]
 
     @cached_property
