@@ -38,6 +38,7 @@ def compare(
     overwrite: bool = False,
     watcher: Watcher | None = None,
     save_seconds: float | None = None,
+    force: bool = False,
     settings: Mapping[str, Any] | None = None,
     **flags: Any,
 ) -> Study:
@@ -45,7 +46,8 @@ def compare(
 
     `flags` are recipe keys (`epochs=3`, `learning_rate=1e-3`, `precision="bf16"`, `text="poem"`, …) and win over `recipe`, a
     TOML file or the name of a packaged one. `settings` are the method's own (`{"rank": 4}`), for a recipe of one method.
-    An integer `seeds` means that many, from 0. A run that was killed goes on where it stopped.
+    An integer `seeds` means that many, from 0. A run that was killed goes on where it stopped. What does not fit this machine by
+    its plan is refused, but for `force`.
     """
     from katei.study.recipe import load_recipe
     from katei.study.run import SAVE_SECONDS, run_study
@@ -68,6 +70,7 @@ def compare(
         overwrite=overwrite,
         watcher=watcher,
         save_seconds=SAVE_SECONDS if save_seconds is None else save_seconds,
+        force=force,
     )
 
 
@@ -115,7 +118,6 @@ def plan(
     precisions: Sequence[str] = ("fp32",),
     tokens: int | None = None,
     classes: int = 2,
-    checkpointing: bool = False,
     recipe: PathLike | None = None,
     seeds: Sequence[int] | int | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -146,7 +148,6 @@ def plan(
         precisions=precisions,
         tokens=tokens,
         classes=classes,
-        checkpointing=checkpointing,
         say=say,
     )
 

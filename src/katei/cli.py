@@ -64,6 +64,13 @@ TrainPrecision = Annotated[
     str | None, typer.Option("--precision", help="Of the frozen base: fp32, bf16 or fp16 [fp32].")
 ]
 TrainDevice = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps [auto].")]
+Checkpointing = Annotated[
+    bool | None,
+    typer.Option(
+        "--checkpointing", help="Compute each layer again in backward instead of keeping it: less memory, more time."
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Begin also what does not fit by the plan.")]
 SaveSeconds = Annotated[float, typer.Option(help="Save the state at most this often; a killed run goes on from there.")]
 
 
@@ -124,7 +131,9 @@ def train(
     token_budget: TokenBudget = None,
     precision: TrainPrecision = None,
     device: TrainDevice = None,
+    checkpointing: Checkpointing = None,
     save_seconds: SaveSeconds = 60.0,
+    force: Force = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -153,7 +162,9 @@ def train(
         token_budget=token_budget,
         precision=precision,
         device=device,
+        checkpointing=checkpointing,
         save_seconds=save_seconds,
+        force=force,
         overwrite=overwrite,
         watcher=_watcher(),
     )
@@ -187,7 +198,9 @@ def compare(
     token_budget: TokenBudget = None,
     precision: TrainPrecision = None,
     device: TrainDevice = None,
+    checkpointing: Checkpointing = None,
     save_seconds: SaveSeconds = 60.0,
+    force: Force = False,
     overwrite: Overwrite = False,
     results: Annotated[
         Path | None,
@@ -236,7 +249,9 @@ def compare(
         token_budget=token_budget,
         precision=precision,
         device=device,
+        checkpointing=checkpointing,
         save_seconds=save_seconds,
+        force=force,
         overwrite=overwrite,
         watcher=_watcher(),
     )
@@ -256,9 +271,7 @@ def plan(
     precision: Annotated[str, typer.Option(help="Comma-separated: fp32, bf16, fp16, nf4.")] = "fp32",
     tokens: Annotated[int | None, typer.Option(help="Tokens of the longest text, instead of DATA [200].")] = None,
     classes: Annotated[int, typer.Option(help="With --tokens: how many classes.")] = 2,
-    checkpointing: Annotated[
-        bool, typer.Option(help="Recompute each layer in backward instead of keeping it.")
-    ] = False,
+    checkpointing: Checkpointing = None,
     recipe: RecipeFile = None,
     settings: Settings = None,
     seeds: Annotated[int | None, typer.Option(help="Trials of each method in lockstep [1].")] = None,

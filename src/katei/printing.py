@@ -41,12 +41,20 @@ def print_study(study: Study) -> None:
     console.print(
         Text(
             f"\n{duration(seconds['total'])} in all ({duration(seconds['load'])} loading, {duration(seconds['train'])} training, "
-            f"{duration(seconds['evaluate'])} evaluating), peak memory {memory['peak_bytes'] / 2**30:.2f} GiB",
+            f"{duration(seconds['evaluate'])} evaluating), {_peak(memory)}",
             style="dim",
         )
     )
     which = f" --trial {trials[0]['name']}" if len(trials) > 1 else ""
     console.print(Text(f"run folder  {study.run}\nnext        katei predict {study.run} FILE.tsv{which}", style="dim"))
+
+
+def _peak(memory: dict[str, Any]) -> str:
+    """The peak, and how far off the plan was."""
+    said = f"peak memory {memory['peak_bytes'] / 2**30:.2f} GiB"
+    if planned := memory.get("planned_bytes"):
+        said += f" (planned {planned / 2**30:.2f}: {planned / memory['peak_bytes'] - 1:+.1%})"
+    return said
 
 
 def _epoch_table(trial: dict[str, Any]) -> Table:

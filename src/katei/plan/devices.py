@@ -7,10 +7,15 @@ keep a little, and a CUDA context of torch takes `CONTEXT_BYTES` before the firs
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from katei.base.device import pick_device
 from katei.core.errors import BaseError, nearest
 from katei.core.machine import container_limit_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -29,7 +34,7 @@ class Device:
 
     name: str
     kind: str
-    """cuda, mps or cpu."""
+    """cuda or cpu."""
     capacity_bytes: int
     usable_bytes: int
     context_bytes: int = 0
@@ -104,10 +109,8 @@ def cards() -> list[str]:
 def find_device(name: str) -> Device:
     """A card's name in any spelling, a size such as "8GB", "cpu", or "auto": the best that this machine has. Raises BaseError."""
     key = re.sub(r"[\s_]|nvidia|geforce", "", name.lower())
-    if key == "auto":
-        return _this_machine()
-    if key == "cpu":
-        return _cpu()
+    if key in ("auto", "cpu", "mps"):
+        return this_device(pick_device(key))
     if size := re.fullmatch(r"(\d+(?:\.\d+)?)(gb|gib|g|mb|mib)", key):
         unit = MIB if size[2].startswith("m") else GIB
         return _cuda(f"a {name} GPU", int(float(size[1]) * unit), 8.0)
@@ -132,17 +135,19 @@ def _cuda(name: str, capacity: int, capability: float) -> Device:
     )
 
 
-def _this_machine() -> Device:
+def this_device(device: torch.device) -> Device:
+    """A device of this machine, and what it has free now."""
     import torch
 
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        free, _ = torch.cuda.mem_get_info(0)
-        capability = properties.major + properties.minor / 10
-        found = _cuda(properties.name, properties.total_memory, capability)
-        # what is free is measured behind our own context
-        return Device(**{**found.__dict__, "usable_bytes": free, "context_bytes": 0})
-    return _cpu()
+    if device.type == "cpu":
+        return _cpu()
+    if device.type == "mps":  # the system's memory; its allocator is not modelled, so it is planned as the CPU is
+        return replace(_cpu(), name="mps")
+    properties = torch.cuda.get_device_properties(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    found = _cuda(properties.name, properties.total_memory, properties.major + properties.minor / 10)
+    # what is free is measured behind our own context
+    return replace(found, usable_bytes=free + torch.cuda.memory_reserved(device), context_bytes=0)
 
 
 def _cpu() -> Device:
@@ -150,4 +155,5 @@ def _cpu() -> Device:
 
     memory = psutil.virtual_memory()
     limit = min(memory.total, container_limit_bytes() or memory.total)
-    return Device("cpu", "cpu", limit, min(memory.available, limit))
+    own = psutil.Process().memory_info().rss  # a plan counts what this process holds already
+    return Device("cpu", "cpu", limit, min(memory.available + own, limit))

@@ -68,6 +68,7 @@ def trace_study(
     classes: int,
     train: Tokens,
     valid: Tokens | None,
+    test: Tokens | None = None,
     *,
     token_budget: int,
     checkpointing: bool = False,
@@ -80,13 +81,21 @@ def trace_study(
         meter.claim([stack.theta_NM for stack in engine.stacks], ADAPTERS)
         meter.claim([stack.grad_NM for stack in engine.stacks], GRADIENTS)
         engine.fill_cache()
+        if valid is not None:
+            for state in engine.states:
+                if state.trial.training.keep == "best":
+                    state.best = engine.stacks[state.stack].snapshot(state.n)
         for step in heaviest_steps(engine):
             _go_to(engine, step)
             engine.step()
         trained = meter.peak
-        if valid is not None:
-            rows = [(row.stack, row.adapter, row.ids) for row in heaviest_pass(engine, valid)]
-            score_rows(base, engine.stacks, rows, token_budget=token_budget, entries=engine.entries, cache=engine.cache)
+        for tokens in (valid, test):
+            if tokens is not None:
+                engine.cache.fill(tokens.ids)
+                rows = [(row.stack, row.adapter, row.ids) for row in heaviest_pass(engine, tokens)]
+                score_rows(
+                    base, engine.stacks, rows, token_budget=token_budget, entries=engine.entries, cache=engine.cache
+                )
         where = "train" if meter.peak == trained else "evaluate"
         stack = engine.stacks[0]
         return Trace(

@@ -42,6 +42,7 @@ _BORN_IN: dict[CodeType, str] = {
     ActivationCache.fill.__code__: CACHE,
     ActivationCache.joining.__code__: CACHE,
     Stack.__init__.__code__: ADAPTERS,
+    Stack.snapshot.__code__: ADAPTERS,
     Lockstep._backward.__code__: SCORES,
     score_rows.__code__: SCORES,
 }

@@ -78,6 +78,8 @@ class Run:
     valid: Tokens | None
     token_budget: int = 1024
     checkpointing: bool = False
+    test: Tokens | None = None
+    """Scored when all is trained."""
 
     def with_rows(self, rows: int, tokens: int, vocabulary: int) -> Run:
         """One trial of the first method with one batch of `rows` rows of `tokens` tokens, all in one pass."""
@@ -85,7 +87,7 @@ class Run:
         training = replace(first.training, batch_size=rows, accumulation=1, epochs=1)
         trial = replace(first, training=training, rows=tuple(range(rows)))
         train = synthetic(tokens, rows, vocabulary, self.classes)
-        return replace(self, trials=(trial,), train=train, valid=None, token_budget=10**9)
+        return replace(self, trials=(trial,), train=train, valid=None, test=None, token_budget=10**9)
 
 
 @dataclass
@@ -150,10 +152,14 @@ class Planner:
             parts=trace.parts,
             where=trace.where,
             fits=room >= 0,
-            max_tokens=min(self.most(run, lambda n: (1, n)), self.positions),
+            max_tokens=self.longest_text(run),
             max_batch_size=self.most(run, lambda n: (n, longest)),
             max_trials=max(0, len(run.trials) + room // per_trial) if room >= 0 else 0,
         )
+
+    def longest_text(self, run: Run) -> int:
+        """Tokens of the longest text that fits, alone in its pass."""
+        return min(self.most(run, lambda n: (1, n)), self.positions)
 
     def need(self, trace: Trace) -> int:
         """What the device must have."""
@@ -226,6 +232,7 @@ def _trace(base: Base, run: Run) -> Trace:
         run.classes,
         run.train,
         run.valid,
+        run.test,
         token_budget=run.token_budget,
         checkpointing=run.checkpointing,
     )

@@ -121,7 +121,6 @@ def plan_methods(
     precisions: Sequence[str],
     tokens: int | None,
     classes: int = 2,
-    checkpointing: bool = False,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Every method alone, in every precision, on one device."""
@@ -142,7 +141,7 @@ def plan_methods(
             with Planner(config, precision, where, resident) as planner:
                 for _, name in inside:
                     trials = trials_of(recipe, name, len(rows.train))
-                    run = Run(trials, rows.classes, rows.train, rows.valid, recipe.token_budget, checkpointing)
+                    run = Run(trials, rows.classes, rows.train, rows.valid, recipe.token_budget, recipe.checkpointing)
                     plans.append(planner.plan(run))
         return plans
 

@@ -40,7 +40,9 @@ class Recipe:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
     token_budget: int = 1024
-    """Tokens in one pass: bounds memory, never changes a result."""
+    """Tokens in one pass: bounds memory, never changes a result. Less where that many would not fit."""
+    checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of keeping what it needs: less memory, more time."""
     training: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 

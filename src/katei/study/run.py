@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,23 +29,23 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from transformers import AutoModel
 
 from katei import __version__
-from katei.base.device import pick_device, pick_dtype
+from katei.base.device import pick_device
 from katei.base.load import load_base, load_config, load_tokenizer, resolve_base
 from katei.base.packed import Base, check_ids
-from katei.base.quiet import quiet
 from katei.core import metrics
 from katei.core.errors import BaseError, DataError, RecipeError, RunError, UserError
 from katei.core.files import folder_atomic, write_atomic, write_json, write_text
+from katei.core.machine import forget_peak_memory, peak_memory_bytes
 from katei.data import Dataset, Split, cut_warnings, load_dataset
 from katei.engine.checkpoint import is_state_of, load_state, save_state
 from katei.engine.lockstep import Lockstep, Tokens, Trial, TrialState, score_rows
 from katei.methods.adalora import AdaLoRAStack
-from katei.methods.contract import TrialFacts
 from katei.methods.full import Full
 from katei.methods.saved import AdapterNote, load_into_, read_adapter, save_adapter
+from katei.plan.devices import this_device
+from katei.study.fit import Asked, Fit, fit_study, read_fit, said_of
 from katei.study.recipe import Recipe, load_recipe
 
 SAVE_SECONDS = 60.0
@@ -116,13 +114,16 @@ def run_study(
     overwrite: bool = False,
     watcher: Watcher | None = None,
     save_seconds: float = SAVE_SECONDS,
+    force: bool = False,
 ) -> Study:
     """Train every trial of the recipe and write the run folder; goes on where an earlier call was killed.
 
-    Raises UserError for bad data, recipe or base, before anything is trained; RunError where `out` holds another run.
+    Raises UserError for bad data, recipe or base, or for what does not fit this machine (but for `force`), before anything is
+    trained; RunError where `out` holds another run.
     """
     watcher = watcher or Quiet()
     started = time.perf_counter()
+    forget_peak_memory()
     dataset = load_dataset(recipe.data, text=recipe.text, label=recipe.label)
     path = resolve_base(recipe.model, say=watcher.say)
     config, tokenizer = load_config(str(path)), load_tokenizer(str(path))
@@ -132,10 +133,11 @@ def run_study(
     groups = _groups(recipe, len(dataset.train.texts))
     if dataset.valid is None:
         _check_no_valid([trial for group in groups for trial in group])
-    pick_device(recipe.device)
-    _check_fit(groups, config, tokenizer, len(dataset.label_names), recipe.precision)
+    device = this_device(pick_device(recipe.device))
     identity = sha256((recipe.to_toml() + dataset.sha256).encode()).hexdigest()
     _check_claim(out, recipe, identity, overwrite)
+    fit = read_fit(out / "plan.json") if _identity(out) == identity else None
+    fit = fit or fit_study(_asked(recipe, groups, tokens, dataset), config, device, force=force)
     with _claimed(out):
         _sweep(out)
         # an unfinished run of the same study goes on, also with --overwrite: it ends with the same bytes
@@ -148,29 +150,30 @@ def run_study(
         warnings = [*dataset.warnings, *_cuts(tokenizer, dataset, recipe.max_length)]
         for warning in warnings:
             watcher.say(f"warning: {warning}")
+        watcher.say(said_of(fit, recipe.token_budget))
+        write_json(out / "plan.json", fit.to_json())
         write_text(out / "identity", identity + "\n")
         write_text(out / "recipe.toml", recipe.to_toml())
         finished: list[_Finished] = []
         seconds = {"load": time.perf_counter() - started, "train": 0.0, "evaluate": 0.0}
         base: Base | None = None
-        for group in groups:
+        for group in fit.groups([trial for together in groups for trial in together]):
             own = isinstance(group[0].method, Full)
             loading = time.perf_counter()
             if base is None or own:
+                base = None  # never two in memory
                 base = open_base(recipe.model, recipe.precision, recipe.device, watcher.say)
             seconds["load"] += time.perf_counter() - loading
             finished += _train_group(
-                group, base, recipe, dataset, tokens, out, identity, watcher, seconds, save_seconds, overwrite
+                group, base, recipe, fit, dataset, tokens, out, identity, watcher, seconds, save_seconds, overwrite
             )
             if own:
                 base = None  # its weights are trained: nobody else's base any more
         results = _results(finished, dataset)
         _write_predictions(out / "predictions.parquet", finished, dataset)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_reserved() if device.kind == "cuda" else peak_memory_bytes()
         seconds["total"] = time.perf_counter() - started
-        environment = _environment(recipe, seconds, peak, warnings)
+        environment = _environment(recipe, seconds, fit, peak, warnings)
         write_json(out / "environment.json", environment)
         write_json(out / "results.json", results)  # last: its presence says that the run is whole
         _drop_states(out)
@@ -246,7 +249,7 @@ def _identity(out: Path) -> str | None:
 
 def _clear(out: Path) -> None:
     """Remove a run: its results first, its identity last, so that what a kill leaves is still known as a run."""
-    for name in ("results.json", "environment.json", "predictions.parquet", "recipe.toml"):
+    for name in ("results.json", "environment.json", "predictions.parquet", "recipe.toml", "plan.json"):
         (out / name).unlink(missing_ok=True)
     _drop_states(out)
     shutil.rmtree(out / "trials", ignore_errors=True)
@@ -377,19 +380,24 @@ def _check_no_valid(trials: list[Trial]) -> None:
             )
 
 
-def _check_fit(groups: list[list[Trial]], config: Any, tokenizer: Any, classes: int, precision: str) -> None:
-    """Build every stack over the base's shape, without its weights: what does not fit is found before they are read."""
-    with quiet(), torch.device("meta"):
-        model = AutoModel.from_config(config, dtype=pick_dtype(precision)).eval()
-    shape = Base(model, tokenizer)
-    for trial in (trial for group in groups for trial in group):
-        trial.method.build(shape, classes, [0], [TrialFacts(trial.total_steps)])
+def _asked(recipe: Recipe, groups: list[list[Trial]], tokens: dict[str, Tokens], dataset: Dataset) -> Asked:
+    return Asked(
+        groups=tuple(map(tuple, groups)),
+        classes=len(dataset.label_names),
+        train=tokens["train"],
+        valid=tokens.get("valid"),
+        test=tokens.get("test"),
+        token_budget=recipe.token_budget,
+        precision=recipe.precision,
+        checkpointing=recipe.checkpointing,
+    )
 
 
 def _train_group(
     group: list[Trial],
     base: Base,
     recipe: Recipe,
+    fit: Fit,
     dataset: Dataset,
     tokens: dict[str, Tokens],
     out: Path,
@@ -400,7 +408,13 @@ def _train_group(
     overwrite: bool,
 ) -> list[_Finished]:
     lockstep = Lockstep(
-        base, group, len(dataset.label_names), tokens["train"], tokens.get("valid"), token_budget=recipe.token_budget
+        base,
+        group,
+        len(dataset.label_names),
+        tokens["train"],
+        tokens.get("valid"),
+        token_budget=fit.token_budget,
+        checkpointing=recipe.checkpointing,
     )
     state_file = out / f"state-{group[0].name}.safetensors"
     fingerprint = f"{identity}/{base.fingerprint}"
@@ -489,10 +503,10 @@ def _save_trials(
             saved = read_adapter(folder, diverged=state.finished == "diverged")
             check = tokens.get("test", tokens["train"]).ids[:4]
             mine = [(state.stack, state.n, ids) for ids in check]
-            before = score_rows(base, lockstep.stacks, mine, token_budget=recipe.token_budget)
+            before = score_rows(base, lockstep.stacks, mine, token_budget=lockstep.token_budget)
             if trial.method.saved_as() == trial.method:
                 load_into_(stack, state.n, saved)
-                after = score_rows(base, lockstep.stacks, mine, token_budget=recipe.token_budget)
+                after = score_rows(base, lockstep.stacks, mine, token_budget=lockstep.token_budget)
             else:  # read as another method: its own stack, of the same number of adapters
                 other = [
                     trial.method.saved_as().build(base, stack.classes, [0] * stack.adapters, [])
@@ -501,7 +515,7 @@ def _save_trials(
                     for s, k in enumerate(lockstep.stacks)
                 ]
                 load_into_(other[state.stack], state.n, saved)
-                after = score_rows(base, other, mine, token_budget=recipe.token_budget)
+                after = score_rows(base, other, mine, token_budget=lockstep.token_budget)
             if before.tobytes() != after.tobytes() and state.finished != "diverged":
                 raise AssertionError(
                     f"{trial.name}: the saved adapter scores rows differently by {np.abs(before - after).max():.2e}"
@@ -616,7 +630,7 @@ def _write_predictions(path: Path, finished: list[_Finished], dataset: Dataset) 
     write_atomic(path, lambda temporary: pq.write_table(table, temporary))
 
 
-def _environment(recipe: Recipe, seconds: dict[str, float], peak: int, warnings: list[str]) -> dict[str, Any]:
+def _environment(recipe: Recipe, seconds: dict[str, float], fit: Fit, peak: int, warnings: list[str]) -> dict[str, Any]:
     import safetensors
     import transformers
 
@@ -630,7 +644,15 @@ def _environment(recipe: Recipe, seconds: dict[str, float], peak: int, warnings:
         "threads": torch.get_num_threads(),
         "model": recipe.model,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "memory": {"planned_bytes": None, "peak_bytes": peak},
+        "memory": {
+            "planned_bytes": fit.planned_bytes,
+            "peak_bytes": peak,
+            "live_peak_bytes": fit.live_peak_bytes,
+            "parts": fit.parts,
+            "where": fit.where,
+            "token_budget": fit.token_budget,
+            "waves": len(fit.waves),
+        },
         "warnings": warnings,
     }
 
