@@ -92,9 +92,16 @@ def load_tokenizer(name: str, *, say: Say = silent) -> PreTrainedTokenizerBase:
     return _tokenizer(resolve_base(name, say=say, weights=False))
 
 
-def load_base(name: str, *, precision: str = "fp32", device: str = "auto", say: Say = silent) -> LoadedBase:
-    """The frozen backbone, on `device`, in `precision`."""
-    return _load(AutoModel, name, precision, device, say)
+def load_base(
+    name: str,
+    *,
+    precision: str = "fp32",
+    device: str = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    say: Say = silent,
+) -> LoadedBase:
+    """The frozen backbone, on `device`, in `precision`. `tokenizer` is its own, where it is there already."""
+    return _load(AutoModel, name, precision, device, say, tokenizer)
 
 
 def load_causal_lm(name: str, *, precision: str = "fp32", device: str = "auto", say: Say = silent) -> LoadedBase:
@@ -102,10 +109,12 @@ def load_causal_lm(name: str, *, precision: str = "fp32", device: str = "auto", 
     return _load(AutoModelForCausalLM, name, precision, device, say)
 
 
-def _load(kind: Any, name: str, precision: str, device: str, say: Say) -> LoadedBase:
+def _load(
+    kind: Any, name: str, precision: str, device: str, say: Say, tokenizer: PreTrainedTokenizerBase | None = None
+) -> LoadedBase:
     dtype, place = pick_dtype(precision), pick_device(device)
     folder = resolve_base(name, say=say)
-    config, tokenizer = _config(folder), _tokenizer(folder)
+    config, tokenizer = _config(folder), tokenizer or _tokenizer(folder)
     if dtype == torch.float16 and place.type == "cpu":
         say("fp16 is slow on a CPU (products take about 5 times as long as in fp32); bf16 takes as little memory")
     if tokenizer.vocab_size > config.vocab_size:

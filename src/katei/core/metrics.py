@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest, rankdata
 
 Floats = NDArray[np.float64]
 
@@ -47,8 +48,6 @@ def _area(score_E: Floats, inside_E: NDArray[np.bool_]) -> float:
 
 def wilson_interval(correct: int, rows: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval for a share: holds its level on few rows, and at 0 or all correct. Wilson 1927."""
-    from scipy.stats import binomtest
-
     interval = binomtest(correct, rows).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -64,8 +63,6 @@ def roc_auc_interval(
     point = roc_auc(probability_EC, labels)
     if point is None:
         return None
-    from scipy.stats import rankdata
-
     y = np.asarray(labels)
     rng = np.random.default_rng(seed)
     classes = range(1, 2) if probability_EC.shape[1] == 2 else range(probability_EC.shape[1])

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
@@ -136,8 +138,10 @@ def run_study(
     device = this_device(pick_device(recipe.device))
     identity = sha256((recipe.to_toml() + dataset.sha256).encode()).hexdigest()
     _check_claim(out, recipe, identity, overwrite)
-    fit = read_fit(out / "plan.json") if _identity(out) == identity else None
-    fit = fit or fit_study(_asked(recipe, groups, tokens, dataset), config, device, force=force)
+    ended = (out / "results.json").exists()
+    fit = read_fit(out / "plan.json") if _identity(out) == identity and not (ended and overwrite) else None
+    if fit is None and (overwrite or not ended):
+        fit = fit_study(_asked(recipe, groups, tokens, dataset), config, device, force=force)
     with _claimed(out):
         _sweep(out)
         # an unfinished run of the same study goes on, also with --overwrite: it ends with the same bytes
@@ -150,6 +154,7 @@ def run_study(
         warnings = [*dataset.warnings, *_cuts(tokenizer, dataset, recipe.max_length)]
         for warning in warnings:
             watcher.say(f"warning: {warning}")
+        assert fit is not None
         watcher.say(said_of(fit, recipe.token_budget))
         write_json(out / "plan.json", fit.to_json())
         write_text(out / "identity", identity + "\n")
@@ -162,7 +167,7 @@ def run_study(
             loading = time.perf_counter()
             if base is None or own:
                 base = None  # never two in memory
-                base = open_base(recipe.model, recipe.precision, recipe.device, watcher.say)
+                base = open_base(recipe.model, recipe.precision, recipe.device, watcher.say, tokenizer)
             seconds["load"] += time.perf_counter() - loading
             finished += _train_group(
                 group, base, recipe, fit, dataset, tokens, out, identity, watcher, seconds, save_seconds, overwrite
@@ -206,8 +211,8 @@ def load_study(run: Path) -> Study:
     return Study(run, results, environment, tuple(environment.get("warnings", ())))
 
 
-def open_base(name: str, precision: str, device: str, say: Callable[[str], None]) -> Base:
-    loaded = load_base(name, precision=precision, device=device, say=say)
+def open_base(name: str, precision: str, device: str, say: Callable[[str], None], tokenizer: Any = None) -> Base:
+    loaded = load_base(name, precision=precision, device=device, tokenizer=tokenizer, say=say)
     return Base(loaded.model, loaded.tokenizer, name=name, fingerprint=loaded.fingerprint)
 
 
@@ -602,9 +607,6 @@ def verdict(trials: list[dict[str, Any]], majority: float | None) -> str:
 
 
 def _write_predictions(path: Path, finished: list[_Finished], dataset: Dataset) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     columns: dict[str, list[Any]] = {
         name: [] for name in ("trial", "method", "seed", "split", "line", "label", "prediction")
     }
