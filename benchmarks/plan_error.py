@@ -1,14 +1,14 @@
 """How far off is `katei plan`? Predicted against measured peaks on this machine's CPU, case by case.
 
-    python -m benchmarks.plan_error [--quick] [--only PATTERN]
+    python -m benchmarks.plan_error [--quick] [--only PATTERN] [--shapes A,B] [--skip live|process]
 
 A case is a base's shape (random weights in a folder of their own), a method, a length profile, a batch size, a precision, a number of
-trials, and whether layers are recomputed. Each is planned in this process, then trained for an epoch in two fresh ones:
+trials, and whether layers are recomputed. Each is run in two fresh processes:
 
-    live      with a meter of this folder's own on every storage (`benchmarks.live`), which knows nothing of the planner's
-    process   without it: the most resident memory the process ever had
-
-and, of the second, the seconds of the epoch against the predicted ones.
+    live      the engine's training with a meter of this folder's own on every storage (`benchmarks.live`), which knows nothing of the
+              planner's, beside the planner's live bytes
+    process   `katei compare` on the same rows as files: the plan it made before loading anything, and the most resident memory it had,
+              both as its run folder has them
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ROOT, SCRATCH, Figures, arguments, peak_bytes, quantile, say
+from benchmarks.measure import ROOT, SCRATCH, Figures, arguments, quantile, say
 
 METHODS = ("lora", "adalora", "prompt-tuning", "p-tuning", "prefix-tuning", "ia3", "llama-adapter", "head", "full")
 SHAPES = ("HuggingFaceTB/SmolLM2-360M", "llm-jp/llm-jp-3-440m", "Qwen/Qwen3-0.6B")
@@ -46,23 +48,27 @@ class Case:
         what = f"{self.shape.split('/')[1]}, {self.method}, {self.profile}, batch {self.batch_size}, {self.precision}"
         return what + more
 
-    def rows(self, vocabulary: int) -> tuple[list[list[int]], list[int]]:
-        """Random ids: 12 to train on, the same each time."""
+    def lengths(self) -> list[int]:
+        """Tokens of each training row, the same each time; validation and test rows are the same rows."""
         rng = random.Random(f"{self.shape}/{self.profile}")
-        bounds = {"short": (5, 25), "mixed": (5, 200), "long": (150, 300)}[self.profile]
-        ids = [[rng.randrange(3, vocabulary) for _ in range(rng.randint(*bounds))] for _ in range(12)]
-        return ids, [i % 3 for i in range(12)]
+        few, low, high = {"short": (9, 5, 25), "mixed": (6, 5, 200), "long": (3, 150, 300)}[self.profile]
+        return [rng.randint(low, high) for _ in range(few)]
+
+    def texts(self) -> list[str]:
+        """Digits: each is a token of the tokenizer beside these bases, which puts one more in front."""
+        rng = random.Random(f"{self.shape}/{self.profile}/texts")
+        return ["".join(rng.choice("0123456789") for _ in range(n - 1)) for n in self.lengths()]
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(shapes: Sequence[str], quick: bool) -> list[Case]:
     """Every method on every shape and profile, the other four drawn for each so that all their values occur."""
     rng = random.Random(4)
     found = []
-    for shape in SHAPES:
+    for shape in shapes:
         for method in METHODS:
             for profile in PROFILES:
-                precision = "fp32" if method == "full" else rng.choice(("fp32", "fp32", "bf16"))
-                trials = 1 if method == "full" else rng.choice((1, 1, 3, 8))
+                precision = "fp32" if method == "full" else rng.choice(("fp32", "fp32", "bf16"))  # bf16 is slow here
+                trials = 1 if method == "full" or profile == "long" else rng.choice((1, 1, 3, 6))
                 found.append(Case(shape, method, profile, rng.choice((1, 4)), precision, rng.random() < 0.3, trials))
     return found[::27] if quick else found
 
@@ -89,40 +95,43 @@ def base_folder(shape: str) -> Path:
     return folder
 
 
-def run_of(case: Case, vocabulary: int) -> Any:
+def run_of(case: Case, folder: Path) -> Any:
+    from katei.base.load import load_tokenizer
     from katei.engine.lockstep import Tokens, Trial
     from katei.engine.optimizer import Training
     from katei.methods import METHODS as ALL
     from katei.plan.plan import Run
 
-    ids, labels = case.rows(vocabulary)
-    tokens = Tokens(tuple(map(tuple, ids)), tuple(labels))
+    ids = load_tokenizer(str(folder))(case.texts())["input_ids"]
+    assert [len(row) for row in ids] == case.lengths()
+    tokens = Tokens(tuple(map(tuple, ids)), tuple(i % 3 for i in range(len(ids))))
     method = ALL[case.method]()
-    epochs = 2 if case.method == "adalora" else 1
-    training = Training(learning_rate=1e-4, epochs=epochs, batch_size=case.batch_size)
+    training = Training(learning_rate=1e-4, epochs=epochs(case), batch_size=case.batch_size)
     trials = tuple(Trial(f"{case.method}-{k}", method, k, training, tuple(range(len(ids)))) for k in range(case.trials))
     return Run(trials, 3, tokens, tokens, 1024, case.checkpointing)
 
 
-def train(case: Case, metered: bool) -> dict[str, float]:
-    """In a fresh process: an epoch, as `katei train` does it."""
-    import time
+def epochs(case: Case) -> int:
+    return 2 if case.method == "adalora" else 1  # its ranks' schedule needs steps
 
+
+def live(case: Case) -> dict[str, float]:
+    """In a fresh process: the live bytes planned, and those of a real training."""
     from benchmarks.live import LiveBytes
-    from katei.base.load import load_base
+    from katei.base.load import load_base, load_config
     from katei.base.packed import Base
     from katei.engine.lockstep import Lockstep
+    from katei.plan.devices import find_device
+    from katei.plan.plan import Planner
 
-    resident = peak_bytes()
-    loaded = load_base(str(base_folder(case.shape)), precision=case.precision)
-    loaded_peak = peak_bytes()
-    base = Base(loaded.model, loaded.tokenizer)
-    run = run_of(case, base.vocabulary)
+    folder = base_folder(case.shape)
+    run = run_of(case, folder)
+    with Planner(load_config(str(folder)), case.precision, find_device("cpu")) as planner:
+        planned = planner.trace(run).live_peak_bytes
+    base = Base(load_base(str(folder), precision=case.precision).model)
     weights = sum({t.data_ptr(): t.nbytes for t in base.frozen_tensors()}.values())
-    meter = LiveBytes(base.frozen_tensors())
-
-    def go() -> None:
-        engine = Lockstep(
+    with LiveBytes(base.frozen_tensors()) as meter:
+        Lockstep(
             base,
             run.trials,
             run.classes,
@@ -130,26 +139,42 @@ def train(case: Case, metered: bool) -> dict[str, float]:
             run.valid,
             token_budget=run.token_budget,
             checkpointing=run.checkpointing,
-        )
-        engine.run()
-
-    started = time.perf_counter()
-    if metered:
-        with meter:
-            go()
-    else:
-        go()
-    seconds = time.perf_counter() - started
-    return {
-        "live": weights + meter.peak,
-        "process": peak_bytes(),
-        "seconds": seconds,
-        "resident": resident,
-        "loaded": loaded_peak,
-    }
+        ).run()
+    return {"planned": planned, "measured": weights + meter.peak}
 
 
-def apart(case: Case, metered: bool) -> dict[str, float]:
+def process(case: Case) -> dict[str, float]:
+    """In a fresh process: a whole study."""
+    from katei import api
+
+    folder = SCRATCH / "plan_error"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    lines = [f"{text}\t{'abc'[i % 3]}" for i, text in enumerate(case.texts())]
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n", encoding="utf-8")
+    study = api.compare(
+        folder,
+        out=folder / "run",
+        model=str(base_folder(case.shape)),
+        methods=[case.method],
+        seeds=case.trials,
+        epochs=epochs(case),
+        batch_size=case.batch_size,
+        max_length=1000,
+        precision=case.precision,
+        checkpointing=case.checkpointing,
+    )
+    memory = study.environment["memory"]
+    shutil.rmtree(folder)
+    print(json.dumps({"case": case.name, **memory}), file=sys.stderr)
+    return {"planned": memory["planned_bytes"], "measured": memory["peak_bytes"]}
+
+
+PARTS = {"live": live, "process": process}
+
+
+def apart(case: Case, part: str) -> dict[str, float]:
     command = [
         sys.executable,
         "-W",
@@ -157,7 +182,7 @@ def apart(case: Case, metered: bool) -> dict[str, float]:
         "-m",
         "benchmarks.plan_error",
         "--part",
-        json.dumps([asdict(case), metered]),
+        json.dumps([asdict(case), part]),
     ]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -169,40 +194,32 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--part")
     parser.add_argument("--only", default="")
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--skip", default="", choices=["", *PARTS])
     options = parser.parse_args()
     if options.part:
-        values, metered = json.loads(options.part)
-        print(json.dumps(train(Case(**values), metered)))
+        values, part = json.loads(options.part)
+        print(json.dumps(PARTS[part](Case(**values))))
         return
-    from katei.base.load import load_config
-    from katei.plan.devices import find_device
-    from katei.plan.plan import Planner
-
     figures = Figures("plan", quick=options.quick)
-    live_errors, process_errors = [], []
-    for case in cases(options.quick):
+    errors: dict[str, list[float]] = {part: [] for part in PARTS if part != options.skip}
+    for case in cases(options.shapes.split(","), options.quick):
         if options.only not in case.name:
             continue
         base_folder(case.shape)
-        live = apart(case, True)
-        process = apart(case, False)
-        config = load_config(str(base_folder(case.shape)))
-        with Planner(config, case.precision, find_device("cpu"), int(process["resident"])) as planner:
-            trace = planner.trace(run_of(case, int(config.vocab_size)))
-        live_error = trace.live_peak_bytes / live["live"] - 1
-        process_error = planner.need(trace) / process["process"] - 1
-        live_errors.append(abs(live_error))
-        process_errors.append(abs(process_error))
-        say(
-            f"  {case.name}: live {trace.live_peak_bytes:,} of {live['live']:,.0f} ({live_error:+.2%}); process {process_error:+.1%} "
-            f"of {process['process'] / 2**20:,.0f} MiB, {trace.where}"
-        )
-        figures.add("live bytes, predicted ÷ measured - 1", "", [live_error], case=case.name)
-        figures.add("process memory, predicted ÷ measured - 1", "", [process_error], case=case.name)
-    exact = sum(error == 0 for error in live_errors)
-    say(f"{exact} of {len(live_errors)} exact to the byte, worst {max(live_errors):.2%}")
-    mean = sum(process_errors) / len(process_errors)
-    say(f"process memory: mean {mean:.1%}, median {quantile(process_errors, 0.5):.1%}, worst {max(process_errors):.1%}")
+        said = []
+        for part in errors:
+            got = apart(case, part)
+            error = got["planned"] / got["measured"] - 1
+            errors[part].append(error)
+            said.append(f"{part} {error:+.2%} of {got['measured'] / 2**20:,.0f} MiB")
+            figures.add(f"{part} memory, planned ÷ measured - 1", "", [error], case=case.name)
+        say(f"  {case.name}: {'; '.join(said)}")
+    for part, values in errors.items():
+        sizes = [abs(value) for value in values]
+        exact = f"{sum(size == 0 for size in sizes)} of {len(sizes)} exact, " if part == "live" else ""
+        mean, middle = sum(sizes) / len(sizes), quantile(sizes, 0.5)
+        say(f"{part}: {exact}mean {mean:.2%}, median {middle:.2%}, worst {max(sizes):.2%}")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+
+import torch
 
 from katei.base.device import pick_device
 from katei.core.errors import BaseError, nearest
 from katei.core.machine import container_limit_bytes
-
-if TYPE_CHECKING:
-    import torch
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -41,6 +39,8 @@ class Device:
     workspace_bytes: int = 0
     bf16: bool = True
     """Its cores multiply bf16 (from Ampere on); without, fp16 with a loss scale is the half precision to take."""
+    here: torch.device | None = None
+    """The device itself, if it is this machine's."""
 
 
 _CARDS: dict[str, tuple[int, float]] = {
@@ -137,17 +137,15 @@ def _cuda(name: str, capacity: int, capability: float) -> Device:
 
 def this_device(device: torch.device) -> Device:
     """A device of this machine, and what it has free now."""
-    import torch
-
-    if device.type == "cpu":
-        return _cpu()
-    if device.type == "mps":  # the system's memory; its allocator is not modelled, so it is planned as the CPU is
-        return replace(_cpu(), name="mps")
+    if (
+        device.type != "cuda"
+    ):  # mps shares the system's memory; its allocator is not modelled, so it is planned as the CPU is
+        return replace(_cpu(), name=device.type, here=device)
     properties = torch.cuda.get_device_properties(device)
     free, _ = torch.cuda.mem_get_info(device)
     found = _cuda(properties.name, properties.total_memory, properties.major + properties.minor / 10)
     # what is free is measured behind our own context
-    return replace(found, usable_bytes=free + torch.cuda.memory_reserved(device), context_bytes=0)
+    return replace(found, usable_bytes=free + torch.cuda.memory_reserved(device), context_bytes=0, here=device)
 
 
 def _cpu() -> Device:

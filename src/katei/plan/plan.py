@@ -20,17 +20,18 @@ from transformers import PreTrainedConfig
 
 from katei.base.device import pick_dtype
 from katei.base.packed import Base
-from katei.engine.lockstep import Tokens, Trial
+from katei.engine.lockstep import Lockstep, Tokens, Trial
 from katei.methods.llama_adapter import LLaMAAdapter
 from katei.plan.allocator import CachingAllocator
 from katei.plan.devices import Device
 from katei.plan.fake import Trace, base_of_shape, trace_study, without_numbers
 from katei.plan.meter import ADAPTERS, GRADIENTS, MOMENTS, WEIGHTS
 from katei.plan.process import HOLES, WeightsFile, process_bytes, weights_file
+from katei.plan.time import Machine, epoch_seconds
 
 LASTING = (ADAPTERS, GRADIENTS, MOMENTS)
 
-MOST, START = 2**24, 16
+MOST, START = 2**24, 64
 """Of a search for the largest number: its end and its first try behind 1."""
 Shape = Callable[[int], tuple[int, int]]
 """(rows, tokens of each) of the n-th try."""
@@ -60,7 +61,8 @@ class Plan:
     """Rows of the planned length in one pass."""
     max_trials: int
     """Trials in lockstep, no pass larger than planned."""
-    seconds_per_epoch: float | None = None
+    seconds_per_epoch: float | None
+    """Of all its trials, on this machine; None for another one."""
 
     @property
     def other_bytes(self) -> int:
@@ -99,6 +101,8 @@ class Planner:
     device: Device
     resident_bytes: int = 0
     """Of this process before the base is loaded (CPU)."""
+    machine: Machine | None = None
+    """Rates of this machine, where it is the one that is planned for."""
     traces: dict[Run, Trace] = field(default_factory=dict)
     bases: dict[int, Base] = field(default_factory=dict)
     """Without numbers, by how many of the base's layers they have."""
@@ -155,7 +159,18 @@ class Planner:
             max_tokens=self.longest_text(run),
             max_batch_size=self.most(run, lambda n: (n, longest)),
             max_trials=max(0, len(run.trials) + room // per_trial) if room >= 0 else 0,
+            seconds_per_epoch=self.seconds(run),
         )
+
+    def seconds(self, run: Run) -> float | None:
+        """Of an epoch of all trials; None for a device that is not here to be timed."""
+        if self.machine is None:
+            return None
+        base = self.base(self.depth)
+        options = {"token_budget": run.token_budget, "checkpointing": run.checkpointing}
+        engine = Lockstep(base, run.trials, run.classes, run.train, run.valid, **options)  # type: ignore[arg-type]
+        engine.fill_cache()
+        return epoch_seconds(engine, run.valid, self.machine)
 
     def longest_text(self, run: Run) -> int:
         """Tokens of the longest text that fits, alone in its pass."""
@@ -196,15 +211,15 @@ class Planner:
                 low = guess
             else:
                 high = guess
-            if high == MOST:
-                guess = low * START
-                continue
-            step = max(1, low // 100)
-            slope = (tried[high] - tried[low]) / (high - low)
-            if high - low <= step or tried[low] + step * slope > limit:
+            if low >= MOST // 2:
                 return low
+            step = max(1, low // 100)
+            if high < MOST:
+                slope = (tried[high] - tried[low]) / (high - low)
+                if high - low <= step or tried[low] + step * slope > limit:
+                    return low
             near = sorted(tried, key=lambda n: abs(tried[n] - limit))[:3]
-            guess = min(max(_meets(near, [tried[n] for n in near], limit), low + 1), high - 1)
+            guess = min(max(_meets(near, [tried[n] for n in near], limit), low + step), high - 1)
 
     def live_limit(self, run: Run) -> int:
         """Live bytes at which the device is full, if what the device adds to them grows as they do."""

@@ -1,70 +1,48 @@
-"""How long an epoch takes here: the engine's own operations counted on fake tensors, times what this machine was just measured at.
+"""How long an epoch takes on this machine: the engine's own operations, counted on shapes, at the rates just measured here.
 
-    seconds of a step = Σ products  2 m k n ÷ rate(m)   +   Σ the rest  bytes read and written ÷ bandwidth   +   calls × overhead
+    seconds of an operation = overhead + max( operations ÷ rate,  bytes read and written ÷ bandwidth )
 
-`rate(m)` is the rate of products with m rows of tokens on this model's own shapes, weights cold as they are in a step: few rows
-are bound by reading the weights, many by arithmetic. The calibration takes about two seconds.
+A product's rate goes by its rows (tokens): few rows are bound by reading the weights, many by arithmetic, and both are measured on
+this base's own shapes, with weights as cold as they are in a step. The overhead is that of a step of the engine on a tiny base, where
+there is nothing else. The calibration takes about two seconds.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from transformers import AutoModel, LlamaConfig, PreTrainedConfig
 
 from katei.base import ops
+from katei.base.packed import Base
+from katei.base.quiet import quiet
 from katei.base.stream import passes
-from katei.engine.lockstep import Lockstep, Tokens, score_rows
+from katei.engine.lockstep import Lockstep, Tokens, Trial, score_rows
+from katei.engine.optimizer import Training
+from katei.methods.lora import LoRA
 
-ROWS = (1, 8, 32, 128, 512, 1024)
+ROWS = (4, 32, 128, 512, 1024)
 """Tokens at which products are timed."""
 
-
-@dataclass(eq=False)
-class Costs(TorchDispatchMode):
-    """Counts what runs inside it."""
-
-    products: dict[int, float] = field(default_factory=dict)
-    """Operations of products with a weight matrix, by the number of their rows."""
-    other_flops: float = 0.0
-    """Of batched products: attention's and the adapters'."""
-    bytes: float = 0.0
-    """Read and written by everything else."""
-    calls: int = 0
-
-    def __post_init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function.is_view:
-            return result
-        self.calls += 1
-        name = function.overloadpacket
-        if name in _PRODUCTS:
-            x, out = args[_PRODUCTS[name]], result
-            rows = out.shape[0]
-            self.products[rows] = self.products.get(rows, 0.0) + 2.0 * x.shape[0] * x.shape[1] * out.shape[1]
-        elif name in flop_registry:
-            self.other_flops += flop_registry[name](*args, **(kwargs or {}), out_val=result)
-        else:
-            moved = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
-            self.bytes += sum(t.numel() * t.element_size() for t in moved)
-        return result
-
-
-_PRODUCTS: dict[Any, int] = {torch.ops.aten.mm: 0, torch.ops.aten.addmm: 1}
+_aten = torch.ops.aten
+_PRODUCTS: dict[Any, int] = {_aten.mm: 0, _aten.addmm: 1}
+"""Of two matrices: the place of the first among the arguments."""
 if ops.ONE_DNN:
     _PRODUCTS[torch.ops.mkldnn._linear_pointwise] = 0
+_LOOKUPS = {_aten.embedding, _aten.index_select, _aten.index, _aten.gather}
+"""They read no more than they give."""
 
 
 @dataclass(frozen=True)
@@ -77,80 +55,143 @@ class Machine:
     bandwidth: float
     """Bytes read and written per second by elementwise operations."""
     call_seconds: float
+    """Of one operation, however small, with the engine's own time around it."""
+    queued: bool = False
+    """The device works while the host goes on (CUDA): of the two the slower one counts."""
 
-    def seconds(self, costs: Costs) -> float:
-        products = sum(flops / self._rate(rows) for rows, flops in costs.products.items())
-        rest = costs.other_flops / self.batched_rate + costs.bytes / self.bandwidth + costs.calls * self.call_seconds
-        return products + rest
-
-    def _rate(self, rows: int) -> float:
-        """Between two measured numbers of rows the seconds of a product are taken as linear in them."""
+    def product_seconds(self, rows: int, flops: float) -> float:
+        """Between two measured numbers of rows the seconds are taken as linear in them."""
         known = sorted(self.rate)
-        if rows >= known[-1]:
-            return self.rate[known[-1]]
-        above = next(m for m in known if m >= rows)
+        above = next((m for m in known if m >= rows), known[-1])
         below = max((m for m in known if m <= rows), default=known[0])
         if above == below:
-            return self.rate[above]
+            return flops / self.rate[above]
         share = (rows - below) / (above - below)
-        seconds = (1 - share) * below / self.rate[below] + share * above / self.rate[above]
-        return rows / seconds
+        per_flop = (1 - share) * below / self.rate[below] + share * above / self.rate[above]
+        return flops * per_flop / rows
 
 
-def calibrate(width: int, mlp: int, *, seconds: float = 2.0) -> Machine:
-    """Time products of this model's shapes, elementwise work and empty calls on the CPU."""
-    weights = [torch.randn(mlp, width) for _ in range(max(2, math.ceil(64e6 / (4 * mlp * width))))]
-    share = 0.7 * seconds / len(ROWS)
+class Clock(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up what the operations inside it would take."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.machine = machine
+        self.seconds = 0.0
+        self.calls = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.calls += 1
+            work = self._work(function.overloadpacket, args, kwargs or {}, result)
+            call = self.machine.call_seconds
+            self.seconds += max(call, work) if self.machine.queued else call + work
+        return result
+
+    def _work(self, name: Any, args: Any, kwargs: Any, result: Any) -> float:
+        made = _bytes(result)
+        moved = 2 * made if name in _LOOKUPS else made + _bytes((args, kwargs))
+        seconds = moved / self.machine.bandwidth
+        if name in _PRODUCTS:
+            x = args[_PRODUCTS[name]]
+            rows = x.shape[0]
+            seconds = max(seconds, self.machine.product_seconds(rows, 2.0 * x.numel() * result.shape[-1]))
+        elif name in flop_registry:
+            flops = flop_registry[name](*args, **kwargs, out_val=result)
+            seconds = max(seconds, flops / self.machine.batched_rate)
+        return seconds
+
+
+def _bytes(tree: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tree_leaves(tree) if isinstance(t, Tensor))
+
+
+def calibrate(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, *, seconds: float = 2.0) -> Machine:
+    """Time products of this base's shapes, elementwise work, and the engine's overhead, on `device`."""
+    random = partial(torch.randn, dtype=dtype, device=device)
+    shapes = _matrices(config)
+    layers = max(2, math.ceil(64e6 / sum(o * i for o, i in shapes)))
+    weights = [[random(o, i) for o, i in shapes] for _ in range(layers)]
+    numbers = sum(o * i for o, i in shapes)
+    mlp = max(o for o, _ in shapes)
     rate = {}
     with torch.no_grad():
         for rows in ROWS:
-            x = torch.randn(rows, width)
+            x = {i: random(rows, i) for _, i in shapes}
             turn = iter(range(10**9))
 
-            def multiply(x: Tensor = x, turn: Any = turn) -> None:
-                ops.product(x, weights[next(turn) % len(weights)])
+            def multiply(x: dict[int, Tensor] = x, turn: Any = turn) -> None:
+                for w in weights[next(turn) % layers]:
+                    ops.product(x[w.shape[1]], w)
 
-            rate[rows] = 2.0 * rows * width * mlp / _seconds(multiply, share)
-        a, b = torch.randn(64, 64, 64), torch.randn(64, 64, 64)
-        batched = 2.0 * 64**4 / _seconds(lambda: torch.bmm(a, b), 0.1 * seconds)
-        y, z = torch.randn(1024, mlp), torch.randn(1024, mlp)
-        bandwidth = 3 * y.numel() * 4 / _seconds(lambda: y * z, 0.1 * seconds)
-        tiny = torch.randn(8)
-        call = _seconds(lambda: tiny + tiny, 0.1 * seconds)
-    return Machine(rate, batched, bandwidth, call)
+            rate[rows] = 2.0 * rows * numbers / _seconds(multiply, 0.12 * seconds, device)
+        a, b = random(36, 64, 64), random(36, 64, 64)
+        batched = 2.0 * 36 * 64**3 / _seconds(lambda: torch.bmm(a, b), 0.1 * seconds, device)
+        y, z = random(1024, mlp), random(1024, mlp)
+        bandwidth = 5 * y.nbytes / _seconds(lambda: F.silu(y) * z, 0.1 * seconds, device)
+    return Machine(rate, batched, bandwidth, _overhead(0.2 * seconds, device), queued=device.type == "cuda")
 
 
-def _seconds(run: Callable[[], Any], budget: float) -> float:
-    """The median time of `run`, repeated for `budget` seconds."""
+def _matrices(config: PreTrainedConfig) -> list[tuple[int, int]]:
+    """Outputs and inputs of a layer's products."""
+    width, heads = int(config.hidden_size), int(config.num_attention_heads)
+    size = int(getattr(config, "head_dim", None) or width // heads)
+    own, shared = heads * size, int(getattr(config, "num_key_value_heads", None) or heads) * size
+    mlp = int(getattr(config, "intermediate_size", None) or 4 * width)
+    return [(own, width), (shared, width), (shared, width), (width, own), (mlp, width), (mlp, width), (width, mlp)]
+
+
+def _overhead(budget: float, device: torch.device) -> float:
+    """Seconds per operation of an engine's step with next to no work in it."""
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    with quiet():
+        model = AutoModel.from_config(LlamaConfig(**shape, num_hidden_layers=4, vocab_size=32))
+    rows = Tokens(((1, 2, 3),), (0,))
+    trial = Trial("overhead", LoRA(), 0, Training(learning_rate=1e-3, epochs=100_000), (0,))
+    engine = Lockstep(Base(model.to(device).eval().requires_grad_(False)), [trial], 2, rows, None)
+    with Clock(Machine({1: math.inf}, math.inf, math.inf, 0.0)) as counted:
+        engine.step()
+    return float(_seconds(engine.step, budget, device) / counted.calls)
+
+
+def _seconds(run: Callable[[], Any], budget: float, device: torch.device) -> float:
+    """The lower quartile of the times of `run`, repeated for `budget` seconds: what else goes on here only makes it slower."""
+    wait: Callable[[], None] = getattr(torch, device.type).synchronize
     run()
     times: list[float] = []
     end = time.perf_counter() + budget
     while time.perf_counter() < end or len(times) < 3:
+        wait()
         started = time.perf_counter()
         run()
+        wait()
         times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 2]
+    return sorted(times)[len(times) // 4]
 
 
 def epoch_seconds(engine: Lockstep, valid: Tokens | None, machine: Machine) -> float:
-    """Of one epoch of every trial and the evaluation behind it. `engine` is over a fake base (`katei.plan.fake`).
+    """Of one epoch of every trial and the evaluation behind it. `engine` is over a base without numbers (`katei.plan.fake`).
 
-    A typical and the heaviest step are run; the others cost what lies between them, by their tokens.
+    Three steps are run, of few, of middling and of many tokens; the others cost what lies between them.
     """
     steps = max(state.trial.steps_per_epoch for state in engine.states)
-    tokens = [_tokens(engine, step) for step in range(steps)]
+    tokens = [_go_to(engine, step) for step in range(steps)]
     places = sorted(range(steps), key=tokens.__getitem__)
-    typical, heaviest = places[steps // 2], places[-1]
-    costs = {step: machine.seconds(_step_costs(engine, step)) for step in {typical, heaviest}}
-    span = tokens[heaviest] - tokens[typical]
-    slope = (costs[heaviest] - costs[typical]) / span if span else 0.0
-    seconds = sum(max(0.0, costs[typical] + slope * (n - tokens[typical])) for n in tokens)
+    known = {tokens[step]: step for step in (places[0], places[steps // 2], places[-1])}
+    seconds = {}
+    for count, step in known.items():
+        _go_to(engine, step)
+        with Clock(machine) as clock:
+            engine.step()
+        seconds[count] = clock.seconds
+    counts = sorted(seconds)
+    total = sum(_between(n, counts, [seconds[count] for count in counts]) for n in tokens)
     if valid is not None:
         rows = [(state.stack, state.n, ids) for state in engine.states for ids in valid.ids]
         lengths = [len(ids) + engine.stacks[stack].virtual_tokens for stack, _, ids in rows]
         first = next(iter(passes(lengths, engine.token_budget)))
-        counted = Costs()
-        with counted:
+        with Clock(machine) as clock:
             score_rows(
                 engine.base,
                 engine.stacks,
@@ -159,28 +200,21 @@ def epoch_seconds(engine: Lockstep, valid: Tokens | None, machine: Machine) -> f
                 entries=engine.entries,
                 cache=engine.cache,
             )
-        seconds += machine.seconds(counted) * sum(lengths) / sum(lengths[i] for i in first)
-    return seconds
-
-
-def _tokens(engine: Lockstep, step: int) -> int:
-    """Of step `step` of the first epoch, all trials together."""
-    total = 0
-    with unset_fake_temporarily():
-        for state in engine.states:
-            if step < state.trial.steps_per_epoch:
-                state.step = step
-                more = engine.stacks[state.stack].virtual_tokens
-                total += sum(len(engine.train.ids[row]) + more for row in state.batch())
+        total += clock.seconds * sum(lengths) / sum(lengths[i] for i in first)
     return total
 
 
-def _step_costs(engine: Lockstep, step: int) -> Costs:
-    with unset_fake_temporarily():
-        for state in engine.states:
-            state.step = min(step, state.trial.steps_per_epoch - 1)
-            state.batch()
-    counted = Costs()
-    with counted:
-        engine.step()
-    return counted
+def _between(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Linear between the known places."""
+    return float(np.interp(x, xs, ys))
+
+
+def _go_to(engine: Lockstep, step: int) -> int:
+    """Every trial stands before step `step` of its first epoch; returns that step's tokens, of all trials together."""
+    total = 0
+    for state in engine.states:
+        state.step = min(step, state.trial.steps_per_epoch - 1)
+        if step < state.trial.steps_per_epoch:
+            more = engine.stacks[state.stack].virtual_tokens
+            total += sum(len(engine.train.ids[row]) + more for row in state.batch())
+    return total

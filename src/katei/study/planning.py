@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from katei.base.builtin import BUILTINS
+from katei.base.device import pick_dtype
 from katei.base.load import load_config, load_tokenizer
 from katei.core.errors import BaseError, RunError
 from katei.data import load_dataset
@@ -23,6 +24,7 @@ from katei.plan.devices import find_device
 from katei.plan.plan import Plan, Planner, Run, synthetic
 from katei.plan.process import resident_bytes
 from katei.plan.shapes import bundled
+from katei.plan.time import calibrate
 from katei.study.recipe import Recipe
 from katei.study.run import encode
 
@@ -133,12 +135,16 @@ def plan_methods(
         for name in recipe.methods
         if name != Full.name or precision == "fp32"
     ]
+    machines = {
+        precision: calibrate(config, pick_dtype(precision), where.here) if where.here else None
+        for precision in precisions
+    }
     resident = resident_bytes()
 
     def plan_some(some: Sequence[tuple[str, str]]) -> list[Plan]:
         plans = []
         for precision, inside in groupby(some, key=lambda pair: pair[0]):
-            with Planner(config, precision, where, resident) as planner:
+            with Planner(config, precision, where, resident, machines[precision]) as planner:
                 for _, name in inside:
                     trials = trials_of(recipe, name, len(rows.train))
                     run = Run(trials, rows.classes, rows.train, rows.valid, recipe.token_budget, recipe.checkpointing)
