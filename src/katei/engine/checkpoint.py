@@ -25,7 +25,7 @@ def save_state(path: Path, lockstep: Lockstep, fingerprint: str) -> None:
     counters = {}
     for state in lockstep.states:
         name = state.trial.name
-        for key, value in lockstep.stacks[state.stack].snapshot(state.n).items():
+        for key, value in lockstep.stacks[state.stack].current(state.n).items():
             tensors[f"{name}/now/{key}"] = value
         for key, value in state.optimizer.state().items():
             tensors[f"{name}/adamw/{key}"] = value

@@ -179,9 +179,13 @@ class Stack(ABC):
         """State beside the trained numbers that a restart needs, each (N, …)."""
         return {}
 
+    def current(self, n: int) -> dict[str, Tensor]:
+        """All that makes trial n's adapter what it is, as it goes on."""
+        return {"theta_M": self.theta_NM[n]} | {k: v[n] for k, v in self.buffers().items()}
+
     def snapshot(self, n: int) -> dict[str, Tensor]:
-        """A copy of all that makes trial n's adapter what it is now."""
-        return {"theta_M": self.theta_NM[n].clone()} | {k: v[n].clone() for k, v in self.buffers().items()}
+        """A copy of what it is now."""
+        return {name: tensor.clone() for name, tensor in self.current(n).items()}
 
     def restore_(self, n: int, snapshot: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

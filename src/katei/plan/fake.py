@@ -9,6 +9,7 @@ asks `katei.base.host`, which answers for tensors on "meta" as a healthy run wou
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from katei.base.packed import Base
 from katei.base.quiet import quiet
 from katei.base.stream import PackedRow, passes
 from katei.engine.lockstep import Lockstep, Tokens, Trial, score_rows
+from katei.methods.full import Full
 from katei.plan.meter import ADAPTERS, GRADIENTS, WEIGHTS, Meter
 
 MOST_STEPS = 100_000
@@ -46,6 +48,9 @@ class Trace:
     trainable: int
     """Numbers trained by one trial of the first method."""
     total: int
+    checkpointing: bool
+    looked_up: int
+    """Different tokens that the embedding is asked for."""
 
 
 @contextmanager
@@ -58,7 +63,9 @@ def without_numbers(*, cuda: bool = False) -> Iterator[None]:
 def base_of_shape(config: PreTrainedConfig, precision: str) -> Base:
     """A base without numbers; call it, and use it, inside `without_numbers`."""
     with quiet(), torch.device("meta"):
-        model = AutoModel.from_config(config, dtype=pick_dtype(precision))
+        model = AutoModel.from_config(
+            copy.deepcopy(config), dtype=pick_dtype(precision)
+        )  # it writes the type into its config
     return Base(model.eval().requires_grad_(False))
 
 
@@ -105,7 +112,15 @@ def trace_study(
             where=where,
             trainable=stack.trainable,
             total=stack.total(base),
+            checkpointing=checkpointing,
+            looked_up=_looked_up(engine, train, valid, test),
         )
+
+
+def _looked_up(engine: Lockstep, *splits: Tokens | None) -> int:
+    if any(isinstance(state.trial.method, Full) for state in engine.states):
+        return engine.base.vocabulary  # it is copied whole
+    return len({token for tokens in splits if tokens is not None for ids in tokens.ids for token in ids})
 
 
 def heaviest_steps(engine: Lockstep) -> list[int]:

@@ -27,6 +27,7 @@ from katei.engine.cache import ActivationCache
 from katei.engine.lockstep import Lockstep, score_rows
 from katei.engine.optimizer import AdamW
 from katei.methods.contract import Stack
+from katei.methods.full import FullStack
 
 WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS = "frozen weights", "adapters and heads", "gradients", "moments"
 ATTENTION, SCORES, BACKWARD, OPTIMIZER = "attention", "scores and loss", "backward", "optimizer's temporaries"
@@ -43,6 +44,7 @@ _BORN_IN: dict[CodeType, str] = {
     ActivationCache.joining.__code__: CACHE,
     Stack.__init__.__code__: ADAPTERS,
     Stack.snapshot.__code__: ADAPTERS,
+    FullStack.__init__.__code__: ADAPTERS,
     Lockstep._backward.__code__: SCORES,
     score_rows.__code__: SCORES,
 }

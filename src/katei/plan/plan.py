@@ -187,7 +187,10 @@ class Planner:
                     allocator.allocate(serial, size)
             return allocator.reserved_peak + self.device.context_bytes + self.device.workspace_bytes
         lasting = sum(trace.parts.get(part, 0) for part in LASTING)
-        return process_bytes(self.resident_bytes, self.file, trace.parts[WEIGHTS], lasting, trace.live_peak_bytes)
+        unread = self.file.unread(trace.looked_up)
+        weights, live = trace.parts[WEIGHTS] - unread, trace.live_peak_bytes - unread
+        holes = 0.0 if trace.checkpointing else HOLES
+        return process_bytes(self.resident_bytes, self.file, weights, lasting, live, holes=holes)
 
     def trace(self, run: Run) -> Trace:
         if run not in self.traces:
@@ -227,7 +230,8 @@ class Planner:
         fixed = self.device.context_bytes + self.device.workspace_bytes
         if self.device.kind == "cuda":
             return int((self.device.usable_bytes - fixed) * trace.live_peak_bytes / (self.need(trace) - fixed))
-        return trace.live_peak_bytes + int((self.device.usable_bytes - self.need(trace)) / (1 + HOLES))
+        holes = 0.0 if trace.checkpointing else HOLES
+        return trace.live_peak_bytes + int((self.device.usable_bytes - self.need(trace)) / (1 + holes))
 
     def _estimate(self, run: Run, shape: tuple[int, int]) -> int:
         """Live bytes of one pass, from two shallow bases: they are linear in the number of layers."""

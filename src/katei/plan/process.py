@@ -1,11 +1,11 @@
-"""What a process on the CPU holds at its peak: the resident memory that `ru_maxrss` and a task manager show.
+"""What a process on the CPU holds at its peak: the resident memory that a task manager shows.
 
-    while loading   what was there before + the weights' file, mapped + where its type is another one: the weights, and the largest
-                    tensor once more in the file's type
-    while running   what was there before + weights + SCRATCH_BYTES + all other live tensors + HOLES of the short-lived ones
+    while loading   what was there before + the weights' file, mapped + the weights, where their type is another one
+    while running   what was there before + all live tensors - the embedding's rows no text has (a mapped file's page is read when it
+                    is looked at) + SCRATCH_BYTES + HOLES of the short-lived ones
 
-What was there before (Python, torch, transformers, the data) is measured, not guessed. The two constants were fitted on SmolLM2-135M,
-Gemma 3 270M and llm-jp-3-150m (`benchmarks/LOG.md`), and are judged on others (`benchmarks/plan_error.py`).
+What was there before (Python, torch, transformers, the tokenizer, the data) is measured, not guessed. The constants were fitted on
+SmolLM2-135M and llm-jp-3-150m (`benchmarks/LOG.md`), and are judged on others (`benchmarks/plan_error.py`).
 """
 
 from __future__ import annotations
@@ -17,19 +17,27 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from katei.base.quiet import quiet
 
-HOLES = 0.2
-"""Of short-lived tensors, what malloc's heap keeps between them when passes differ in size: 0.0 to 0.4 were seen."""
-SCRATCH_BYTES = 110 << 20
-"""The tokenizer, kernels that oneDNN generates, the BLAS' and autograd's own buffers, libraries loaded late."""
+HOLES = 0.1
+"""Of short-lived tensors, what malloc's heap keeps between them when passes differ in size: 0.0 to 0.3 were seen. None where layers are
+recomputed: then `katei.core.machine.return_freed_memory` is on."""
+SCRATCH_BYTES = 140 << 20
+"""Kernels that oneDNN generates, the BLAS' and autograd's own buffers, libraries loaded late, the tables written at the end."""
+LOOKED_AT_BYTES = 256 << 10
+"""Of a mapped file around each place that is read: pages come in runs. 240 KiB were seen."""
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """What lies on the disk: its bytes, its largest tensor's, and whether loading converts them."""
+    """What lies on the disk: its bytes, and whether loading converts them."""
 
     size: int
-    largest: int
     converts: bool
+    embedding: int
+    """Bytes of the embedding."""
+
+    def unread(self, tokens: int) -> int:
+        """Of the mapped embedding, if `tokens` different ones are looked up."""
+        return 0 if self.converts else max(0, self.embedding - tokens * LOOKED_AT_BYTES)
 
 
 def weights_file(config: PreTrainedConfig, dtype: torch.dtype) -> WeightsFile:
@@ -37,14 +45,15 @@ def weights_file(config: PreTrainedConfig, dtype: torch.dtype) -> WeightsFile:
     named = getattr(config, "dtype", None) or dtype
     with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    sizes = [parameter.numel() * named.itemsize for parameter in model.parameters()]  # tied ones come once
-    return WeightsFile(sum(sizes), max(sizes), named != dtype)
+    size = sum(parameter.numel() for parameter in model.parameters())  # tied ones come once
+    embedding = model.get_input_embeddings().weight.numel()
+    return WeightsFile(size * named.itemsize, named != dtype, embedding * named.itemsize)
 
 
-def process_bytes(resident: int, file: WeightsFile, weights: int, lasting: int, live_peak: int) -> int:
+def process_bytes(resident: int, file: WeightsFile, weights: int, lasting: int, live_peak: int, *, holes: float) -> int:
     """`lasting` are the live bytes beside the weights that stay from step to step: adapters, gradients, moments."""
-    loading = file.size + (weights + file.largest if file.converts else 0)
-    running = live_peak + int(HOLES * (live_peak - weights - lasting)) + SCRATCH_BYTES
+    loading = file.size + (weights if file.converts else 0)
+    running = live_peak + int(holes * (live_peak - weights - lasting)) + SCRATCH_BYTES
     return resident + max(loading, running)
 
 

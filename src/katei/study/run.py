@@ -39,7 +39,7 @@ from katei.base.packed import Base, check_ids
 from katei.core import metrics
 from katei.core.errors import BaseError, DataError, RecipeError, RunError, UserError
 from katei.core.files import folder_atomic, write_atomic, write_json, write_text
-from katei.core.machine import forget_peak_memory, peak_memory_bytes
+from katei.core.machine import forget_peak_memory, peak_memory_bytes, return_freed_memory
 from katei.data import Dataset, Split, cut_warnings, load_dataset
 from katei.engine.checkpoint import is_state_of, load_state, save_state
 from katei.engine.lockstep import Lockstep, Tokens, Trial, TrialState, score_rows
@@ -126,6 +126,8 @@ def run_study(
     watcher = watcher or Quiet()
     started = time.perf_counter()
     forget_peak_memory()
+    if recipe.checkpointing:
+        return_freed_memory()  # memory counts more than time here
     dataset = load_dataset(recipe.data, text=recipe.text, label=recipe.label)
     path = resolve_base(recipe.model, say=watcher.say)
     config, tokenizer = load_config(str(path)), load_tokenizer(str(path))
