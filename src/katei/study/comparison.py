@@ -136,7 +136,7 @@ class Comparison:
         """What `as_json` wrote, and all that a verdict needs of it; `row_variance` alone is not kept."""
         design, commonest = values["design"], values["commonest_class"]
         return cls(
-            **design,
+            **{key: design[key] for key in ("kind", "rows", "seeds", "folds")},
             methods=tuple(_scores_from(scores) for scores in values["methods"]),
             differences=tuple(_difference_from(d) for d in values["differences"]),
             commonest=None if commonest is None else (commonest["label"], commonest["accuracy"]),

@@ -70,7 +70,8 @@ def scored_rows(columns: Columns, label_names: Sequence[str], trials: Sequence[M
         row = row_of[columns["split"][i], columns["line"][i]]
         cells.setdefault(method, {}).setdefault(cell, {})[row] = i
 
-    wanted = sorted(max(cells.values(), key=len), key=str)
+    most = max(cells.values(), key=len)
+    wanted = sorted(most, key=str)
     probabilities = np.array([columns[f"{PROBABILITY}{name}"] for name in label_names], dtype=np.float64).T
     outcomes, left_out, fold_SE = [], [], None
     for method, answered in cells.items():
