@@ -383,6 +383,25 @@ def _voices(
     return names, [None if s is None else s.stack(base) for s in saved], base, whole
 
 
+def report(run: PathLike, *, out: PathLike | None = None, lang: str = "en") -> dict[str, Any]:
+    """Write a run's report: one HTML file, self-contained, the verdict first; and its results.csv, one number a line.
+
+    `run` may also be a table that `compare_from` takes. Returns `run`, `out`, `tidy` (None for such a table), `lang`, `bytes` and
+    `verdict`, in English or Japanese.
+    """
+    from katei.study.report import write_report
+
+    written = write_report(Path(run), None if out is None else Path(out), lang)
+    return {
+        "run": str(run),
+        "out": str(written.out),
+        "tidy": None if written.tidy is None else str(written.tidy),
+        "lang": lang,
+        "bytes": written.out.stat().st_size,
+        "verdict": ("" if lang == "ja" else " ").join(written.facts.verdict),
+    }
+
+
 def merge(
     run: PathLike,
     *,

@@ -449,6 +449,25 @@ def generate(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A finished run folder, or a table that compare --from takes.")],
+    out: Annotated[Path | None, typer.Option(help="The page, an .html file [RUN/report.html].")] = None,
+    lang: Annotated[str, typer.Option(help="en or ja.")] = "en",
+    open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run's report: one HTML file that needs nothing else, the verdict first; and results.csv, one number a line."""
+    from katei import api
+
+    result = api.report(run, out=out, lang=lang)
+    _finish(result, as_json, lambda: print(f"{result['verdict']}\n\n{result['out']}"))
+    if open_it:
+        import webbrowser
+
+        webbrowser.open(Path(result["out"]).resolve().as_uri())
+
+
+@app.command()
 def merge(
     run: Annotated[Path, typer.Argument(help="A run folder, one of its trials, or an adapter peft saved.")],
     out: Annotated[Path, typer.Option(help="The new model's folder.")],

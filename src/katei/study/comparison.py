@@ -18,6 +18,10 @@ Labels = NDArray[np.intp]
 ALPHA = 0.05
 COMMONEST = "commonest class"
 
+MAJORITY, TFIDF, HEAD, ZERO_SHOT = "majority class", "tf-idf", "head", "zero-shot"
+REFERENCES = (MAJORITY, TFIDF, HEAD, ZERO_SHOT)
+"""Reference points, as they stand in results, tables and verdicts; see references.py."""
+
 
 @dataclass(frozen=True)
 class Outcome:

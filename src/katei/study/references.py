@@ -29,15 +29,13 @@ from katei.base.stream import PackedRow, passes
 from katei.methods.head_only import HeadOnlyStack
 from katei.ship.generate import prompt_ids
 from katei.ship.models import capped
+from katei.study.comparison import MAJORITY, TFIDF, ZERO_SHOT
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
 Floats = NDArray[np.float64]
 
-MAJORITY, TFIDF, HEAD, ZERO_SHOT = "majority class", "tf-idf", "head", "zero-shot"
-REFERENCES = (MAJORITY, TFIDF, HEAD, ZERO_SHOT)
-"""As they stand in results, tables and verdicts."""
 C_GRID = (0.1, 1.0, 10.0, 100.0, 1000.0)
 CV_FOLDS = 5
 

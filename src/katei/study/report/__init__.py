@@ -33,10 +33,14 @@ def write_report(run: Path, out: Path | None = None, lang: str = "en") -> Report
     Raises UserError for anything else, before anything is written.
     """
     words = words_of(lang)
-    facts = gather(run, lang, words)
     out = out or (run / "report.html" if run.is_dir() else run.with_name(f"{run.stem}.report.html"))
     if out.is_dir():
         raise RunError("is a folder, and the report is a file", file=out, hint=f"--out {out / 'report.html'}")
+    if out.suffix.lower() not in (".html", ".htm"):  # a slip must not cost a results.json
+        raise RunError(
+            "the report is HTML, and this is no name for it", file=out, hint=f"--out {out.with_suffix('.html')}"
+        )
+    facts = gather(run, lang, words)
     write_text(out, render(facts))
     tidy = None
     if run.is_dir():

@@ -20,9 +20,8 @@ import numpy as np
 from katei.core.errors import RunError, UserError
 from katei.data import load_dataset
 from katei.data.dataset import BUNDLED
-from katei.study.comparison import Comparison
+from katei.study.comparison import REFERENCES, Comparison
 from katei.study.external import compare_file
-from katei.study.references import REFERENCES
 from katei.study.scored import Columns, Place, Scored, scored_rows
 from katei.study.statistics import compare_outcomes
 from katei.study.verdicts import note, verdict

@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 
 from katei import __version__
+from katei.study.comparison import MAJORITY, REFERENCES
 from katei.study.report.draw import UNIT, Axis, Band, Bin, axis, band, calibration_bins, polyline, roc_curve
 from katei.study.report.gather import HARD_SHOWN, Facts
 from katei.study.report.words import words_of
@@ -52,6 +53,7 @@ def render(facts: Facts) -> str:
         facts=facts,
         lang=facts.lang,
         version=__version__,
+        known_references=REFERENCES,
         design=facts.results.get("design") or {},
         subtitle=_subtitle(facts, say),
         scores=_scores(facts),
@@ -127,7 +129,7 @@ def _scores(facts: Facts) -> dict[str, Any] | None:
         for s in methods
     ]
     commonest = facts.comparison["commonest_class"]
-    if commonest is not None and any(s["method"] == "majority class" for s in methods):
+    if commonest is not None and any(s["method"] == MAJORITY for s in methods):
         commonest = None  # the same thing, fitted
     return {"metrics": metrics, "low": BETTER_LOW, "rows": rows, "commonest": commonest, "x": x}
 
