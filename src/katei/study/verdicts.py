@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from katei.core.errors import RecipeError, nearest
-from katei.study.comparison import COMMONEST, Comparison, Difference
+from katei.study.comparison import COMMONEST, MAJORITY, Comparison, Difference
 
 LANGUAGES = ("en", "ja")
 Words: TypeAlias = "type[_English] | type[_Japanese]"
@@ -78,7 +78,7 @@ def _references(c: Comparison, words: Words) -> list[str]:
     if not tuned:
         return []
     names = {name: {d.first for d in c.of("accuracy") if d.different and d.second == name} for name in c.references}
-    if c.commonest is not None:
+    if c.commonest is not None and MAJORITY not in c.references:  # else it is there, fitted to the training rows
         beaten = {d.first for d in c.against_commonest if d.different and d.value > 0 and d.second == COMMONEST}
         names[words.commonest(*c.commonest)] = beaten
     by_missing: dict[tuple[str, ...], list[str]] = {}

@@ -20,7 +20,7 @@ import numpy as np
 from katei.core.errors import RunError, UserError
 from katei.data import load_dataset
 from katei.data.dataset import BUNDLED
-from katei.study.comparison import REFERENCES, Comparison
+from katei.study.comparison import MAJORITY, REFERENCES, Comparison
 from katei.study.external import compare_file
 from katei.study.scored import Columns, Place, Scored, scored_rows
 from katei.study.statistics import compare_outcomes
@@ -160,7 +160,7 @@ def hard_rows(
             continue
         answers = np.bincount(np.concatenate([o.prediction_SE[:, e] for o in tuned]), minlength=len(names))
         answers[labels_E[e]] = 0
-        knowing = tuple(name for name in references if name in right and right[name][e])
+        knowing = tuple(n for n in references if n != MAJORITY and n in right and right[n][e])
         text = None if texts is None else texts.get((split, line))
         found.append(HardRow(split, line, names[labels_E[e]], names[int(answers.argmax())], knowing, text))
     return tuple(found)
