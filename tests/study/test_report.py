@@ -149,9 +149,16 @@ def test_scored_rows_are_those_that_count(folds: Path) -> None:
     expected = scored_rows(columns, results["labels"], results["trials"])
     assert expected is not None
     assert [o.method for o in expected.outcomes][-4:] == ["majority class", "tf-idf", "head", "zero-shot"]
-    for name, values in columns.items():  # the same rows once more, wrong, from a setting that was not chosen
-        mine = [v for v, t in zip(values, columns["trial"], strict=False) if t == "lora-r0f0"]
-        values += ["lora-r0f0-s1"] * len(mine) if name == "trial" else mine
+    mine = [i for i, trial in enumerate(columns["trial"]) if trial == "lora-r0f0"]
+    first, second = (f"probability_{name}" for name in results["labels"])
+    other = {first: second, second: first}
+    added = {name: [columns[other.get(name, name)][i] for i in mine] for name in columns}
+    added["trial"] = ["lora-r0f0-s1"] * len(mine)
+    for (
+        name,
+        values,
+    ) in columns.items():  # the same rows once more, the other way round, from a setting that was not chosen
+        values += added[name]
     found = scored_rows(columns, results["labels"], results["trials"])
     assert found is not None
     for a, b in zip(expected.outcomes, found.outcomes, strict=True):
