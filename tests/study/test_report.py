@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 from katei import api
 from katei.core.errors import RecipeError, RunError
 from katei.study.comparison import Comparison, Outcome, Rows
-from katei.study.report.draw import axis, band, calibration_bins, roc_curve
+from katei.study.report.draw import Axis, axis, band, calibration_bins, roc_curve
 from katei.study.report.gather import read_predictions
 from katei.study.report.words import words_of
 from katei.study.scored import scored_rows
@@ -351,6 +351,11 @@ def test_an_axis_has_round_ticks(low: float, high: float, ticks: tuple[float, ..
     assert found.ticks == pytest.approx(ticks)
     assert (found.at(found.low), found.at(found.high)) == (0, 100)
     assert found.low <= low <= high <= found.high
+    assert [float(found.label(t)) for t in found.ticks] == pytest.approx(found.ticks), "a tick is what its label says"
+
+
+def test_a_quarter_is_not_rounded_to_a_tenth() -> None:
+    assert [Axis(0.5, 1, (0.5, 0.75, 1)).label(t) for t in (0.5, 0.75, 1)] == ["0.50", "0.75", "1.00"]
 
 
 def test_roc_curves_have_the_area_of_scikit_learn() -> None:

@@ -35,7 +35,8 @@ class Axis:
         return round(100 - self.at(value), 2)
 
     def label(self, value: float) -> str:
-        digits = max(0, -math.floor(math.log10(self.ticks[1] - self.ticks[0]) + 1e-9)) if len(self.ticks) > 1 else 0
+        """With as many digits as every tick needs."""
+        digits = next(d for d in range(10) if all(math.isclose(round(t, d), t, abs_tol=1e-9) for t in self.ticks))
         return f"{value:,.{digits}f}"
 
 

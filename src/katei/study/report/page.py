@@ -118,7 +118,13 @@ def _scores(facts: Facts) -> dict[str, Any] | None:
     methods = facts.comparison["methods"]
     metrics = [m for m in METRICS if any(m in scores for scores in methods)]
     bounded = [s["accuracy_interval"] for s in methods if s.get("accuracy_interval")]
-    x = axis(min(low for low, _ in bounded), max(high for _, high in bounded), most=3) if bounded else UNIT
+    ends = [*(end for interval in bounded for end in interval), *(s["accuracy"] for s in methods)]
+    commonest = facts.comparison["commonest_class"]
+    if commonest is not None and any(s["method"] == MAJORITY for s in methods):
+        commonest = None  # the same thing, fitted
+    if commonest is not None:
+        ends.append(commonest["accuracy"])
+    x = axis(min(ends), max(ends), most=3)
     rows = [
         {
             "method": s["method"],
@@ -128,9 +134,9 @@ def _scores(facts: Facts) -> dict[str, Any] | None:
         }
         for s in methods
     ]
-    commonest = facts.comparison["commonest_class"]
-    if commonest is not None and any(s["method"] == MAJORITY for s in methods):
-        commonest = None  # the same thing, fitted
+    if commonest is not None:
+        here = commonest["accuracy"]
+        commonest = {**commonest, "strip": _strip(here, (here, here), x)}
     return {"metrics": metrics, "low": BETTER_LOW, "rows": rows, "commonest": commonest, "x": x}
 
 
