@@ -572,6 +572,20 @@ def test_compare_prints_each_trial_and_the_verdict(here: Path, katei: Katei) -> 
     assert "katei predict out" in answer.out
 
 
+def test_report_writes_one_page_and_opens_it(here: Path, katei: Katei, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    answer = katei("report", "run", "--out", "pages/r.html", "--lang", "ja", "--open", "--json")
+    assert answer.code == 0, answer.err
+    page = here / "pages" / "r.html"
+    assert opened == [page.as_uri()]
+    assert answer.result["bytes"] == page.stat().st_size
+    assert (here / answer.result["tidy"]).read_text().startswith("trial,method,seed")
+    shown, page_says = answer.out.splitlines()[0], page.read_text(encoding="utf-8")
+    assert shown == answer.result["verdict"]
+    assert '<html lang="ja">' in page_says
+
+
 def test_generate_prints_prompt_and_continuation(here: Path, katei: Katei) -> None:
     answer = katei("generate", "run", "春の", "the gate", "--trial", "lora", "--new-tokens", "5", "--json")
     assert answer.code == 0, answer.err

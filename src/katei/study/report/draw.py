@@ -86,6 +86,13 @@ def band(curves: Sequence[dict[int, float]]) -> Band:
 # -------------------------------------------------------------------- ROC and calibration
 
 
+def thinned(points: Sequence[tuple[float, float]], most: int = 300) -> list[tuple[float, float]]:
+    """No more points than a small plot can show, both ends among them."""
+    if len(points) <= most:
+        return list(points)
+    return [points[round(i)] for i in np.linspace(0, len(points) - 1, most)]
+
+
 def roc_curve(probability_EC: Floats, labels_E: NDArray[np.intp]) -> list[tuple[float, float]]:
     """(wrongly called so, found) from (0, 0) to (1, 1): of the last of two classes, or the mean of one against the rest."""
     classes = probability_EC.shape[1]

@@ -28,6 +28,7 @@ from katei.study.verdicts import note, verdict
 
 SENTENCE = re.compile(r"(?<=\.)\s+(?!\d)|(?<=。)")
 HARD_SHOWN = 50
+HARD_LETTERS = 600
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,8 @@ def hard_rows(
         answers[labels_E[e]] = 0
         knowing = tuple(n for n in references if n != MAJORITY and n in right and right[n][e])
         text = None if texts is None else texts.get((split, line))
+        if text is not None and len(text) > HARD_LETTERS:
+            text = f"{text[:HARD_LETTERS]} …"
         found.append(HardRow(split, line, names[labels_E[e]], names[int(answers.argmax())], knowing, text))
     return tuple(found)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from katei import __version__
 from katei.study.comparison import MAJORITY, REFERENCES
-from katei.study.report.draw import UNIT, Axis, Band, Bin, axis, band, calibration_bins, polyline, roc_curve
+from katei.study.report.draw import UNIT, Axis, Band, Bin, axis, band, calibration_bins, polyline, roc_curve, thinned
 from katei.study.report.gather import HARD_SHOWN, Facts
 from katei.study.report.words import words_of
 
@@ -232,7 +232,7 @@ def _rocs(facts: Facts) -> list[dict[str, Any]] | None:
     for o in facts.scored.outcomes:
         if o.probability_SEC is None or o.method not in by_method:
             continue
-        points = [polyline(roc_curve(p_EC, labels_E), UNIT, UNIT) for p_EC in o.probability_SEC]
+        points = [polyline(thinned(roc_curve(p_EC, labels_E)), UNIT, UNIT) for p_EC in o.probability_SEC]
         area = by_method[o.method].get("roc_auc")
         reference = o.method in facts.references
         panels.append({"method": o.method, "curves": points, "auc": area, "reference": reference})
@@ -296,7 +296,7 @@ def _cost(facts: Facts) -> dict[str, Any] | None:
         )
     longest = max((row["seconds"] or 0 for row in rows), default=0)
     largest = max(
-        [row["planned_bytes"] or 0 for row in rows] + [memory.get("planned_bytes") or 0, memory["peak_bytes"]]
+        [row["planned_bytes"] or 0 for row in rows] + [memory.get("planned_bytes") or 0, memory.get("peak_bytes") or 0]
     )
     return {
         "rows": rows,
