@@ -17,7 +17,7 @@ from rich.text import Text
 from katei.progress import duration, number
 
 if TYPE_CHECKING:
-    from katei.study.run import Study
+    from katei.study.folder import Study
 
 
 def _console() -> Console:

@@ -40,12 +40,12 @@ class TerminalWatcher:
         style = "yellow" if text.startswith("warning") else "dim"
         self.console.print(Text(text, style=style), soft_wrap=True)
 
-    def begin(self, lockstep: Lockstep) -> None:
+    def begin(self, lockstep: Lockstep, left: int) -> None:
         self.began, self.rows_before, self.drawn = time.monotonic(), lockstep.trained_rows, 0.0
         trials = len(lockstep.states)
         self.say(
             f"training {trials} trial{'s' * (trials > 1)} in lockstep over {lockstep.base.name}, "
-            f"{len(lockstep.train)} rows, on {lockstep.base.device}"
+            f"{max(len(state.trial.rows) for state in lockstep.states)} rows, on {lockstep.base.device}"
         )
         if self.console.is_terminal:
             self.live = Live(self._table(lockstep), console=self.console, auto_refresh=False, transient=True)
