@@ -306,6 +306,7 @@ def test_a_trial_that_diverges_is_named_and_the_others_end(
 
 RECIPE = """
 methods = ["lora", "adalora", "p-tuning", "llama-adapter", "full"]
+references = []
 [training]
 epochs = 4
 batch_size = 2
@@ -440,7 +441,7 @@ def test_a_state_that_is_no_state_is_an_error_and_overwrite_starts_again(
 def test_ctrl_c_saves_says_so_and_the_same_command_goes_on(llama: Trained, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "katei.cli", "compare", str(llama.data), "--model", str(llama.base), "--out"]
-    rest = ["--method", "lora,adalora,ia3", "--epochs", "20", "--save-seconds", "1000"]
+    rest = ["--method", "lora,adalora,ia3", "--epochs", "20", "--save-seconds", "1000", "--reference", "none"]
     started = subprocess.Popen(
         [*command, str(out), *rest],
         stdout=subprocess.PIPE,
@@ -459,6 +460,10 @@ def test_ctrl_c_saves_says_so_and_the_same_command_goes_on(llama: Trained, tmp_p
     assert "Traceback" not in said
     assert printed == ""
     assert (out / "state-lora.safetensors").exists()
+    partial = json.loads((out / "results-partial.json").read_text(encoding="utf-8"))
+    assert partial["partial"] is True
+    assert partial["comparison"] is None
+    assert [(t["finished"], len(t["epochs"]) >= 2, t["test"]) for t in partial["trials"]] == [(None, True, None)] * 3
     again = subprocess.run(
         [*command, str(out), *rest],
         capture_output=True,
@@ -469,6 +474,7 @@ def test_ctrl_c_saves_says_so_and_the_same_command_goes_on(llama: Trained, tmp_p
     assert again.returncode == 0, again.stderr
     assert "going on from step" in again.stderr
     assert "epoch 1/20" not in again.stderr
+    assert not (out / "results-partial.json").exists()
     small(llama.base, llama.data, tmp_path / "whole", epochs=20, seeds=None, batch_size=None)
     assert result_bytes(out) == result_bytes(tmp_path / "whole")
 

@@ -159,7 +159,7 @@ def _check_rows(recipe: Recipe, label_E: np.ndarray[Any, Any], label_names: Sequ
 def _detectable(recipe: Recipe, rows: int, *, seeds: int = 1, folds: int = 0) -> float | None:
     if not rows:
         return None
-    compared = len(set(recipe.methods) | set(recipe.references))
+    compared = len(set(recipe.methods) - set(recipe.references)) or 1
     alpha = ALPHA / max(compared * (compared - 1) // 2, 1)
     return minimum_detectable_difference(Design(rows, seeds, folds=folds, alpha=alpha))
 
