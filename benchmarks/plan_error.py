@@ -122,7 +122,7 @@ def train(case: Case, metered: bool) -> dict[str, float]:
     meter = LiveBytes(base.frozen_tensors())
 
     def go() -> None:
-        engine = Lockstep(
+        engine = Lockstep.on_split(
             base,
             run.trials,
             run.classes,

@@ -18,7 +18,8 @@ from typing import IO, TYPE_CHECKING, Any
 from katei.core.errors import AdapterError, RecipeError
 
 if TYPE_CHECKING:
-    from katei.study.run import Study, Watcher
+    from katei.study.folder import Study
+    from katei.study.training import Watcher
 
 PathLike = str | Path
 
@@ -91,7 +92,8 @@ def train(
     methods = None if method is None else [method]
     if methods is None and rest.get("recipe") is None:
         raise RecipeError("no method given", hint="--method lora")
-    return compare(data, out=out, methods=methods, seeds=None if seed is None else [seed], **rest)
+    seeds = None if seed is None else [seed]
+    return compare(data, out=out, methods=methods, seeds=seeds, **{"references": [], **rest})
 
 
 def demo(
@@ -168,7 +170,7 @@ def evaluate(
     from katei.methods.saved import AdapterNote
     from katei.ship.adapters import adapter_folder, note_of, open_adapter
     from katei.ship.predict import predict_texts
-    from katei.study.run import test_scores
+    from katei.study.results import test_scores
 
     folder = adapter_folder(Path(run), trial)
     note: AdapterNote = note_of(folder)

@@ -20,7 +20,7 @@ from katei.data import load_dataset
 from katei.methods import BOOK
 from katei.study.comparison import REFERENCES, Outcome, Rows
 from katei.study.recipe import Recipe
-from katei.study.run import test_scores
+from katei.study.results import test_scores
 from katei.study.statistics import compare_outcomes
 from katei.study.verdicts import verdict
 from tests.helpers.rows import some_texts

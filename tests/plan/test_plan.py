@@ -49,7 +49,7 @@ def test_live_bytes_are_the_real_runs_to_the_byte(
     base = Base(model)
     outside = {t.data_ptr(): t.nbytes for t in base.frozen_tensors()}
     with LiveBytes(base.frozen_tensors()) as meter:
-        Lockstep(base, run.trials, 3, run.train, run.valid, token_budget=64, checkpointing=checkpointing).run()
+        Lockstep.on_split(base, run.trials, 3, run.train, run.valid, token_budget=64, checkpointing=checkpointing).run()
     assert trace.live_peak_bytes == sum(outside.values()) + meter.peak
 
 

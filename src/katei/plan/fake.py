@@ -78,7 +78,9 @@ def trace_study(
     meter = Meter()
     meter.claim(base.frozen_tensors(), WEIGHTS)
     with meter:
-        engine = Lockstep(base, trials, classes, train, valid, token_budget=token_budget, checkpointing=checkpointing)
+        engine = Lockstep.on_split(
+            base, trials, classes, train, valid, token_budget=token_budget, checkpointing=checkpointing
+        )
         meter.claim([stack.theta_NM for stack in engine.stacks], ADAPTERS)
         meter.claim([stack.grad_NM for stack in engine.stacks], GRADIENTS)
         engine.fill_cache()
@@ -109,7 +111,7 @@ def heaviest_steps(engine: Lockstep) -> list[int]:
     for step in range(0, steps, stride):
         _go_to(engine, step)
         rows = [
-            PackedRow(state.stack, state.n, engine.train.ids[row])
+            PackedRow(state.stack, state.n, engine.pool.ids[row])
             for state in engine.states
             if step < state.trial.total_steps
             for row in state.batch()

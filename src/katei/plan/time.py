@@ -171,7 +171,7 @@ def _tokens(engine: Lockstep, step: int) -> int:
             if step < state.trial.steps_per_epoch:
                 state.step = step
                 more = engine.stacks[state.stack].virtual_tokens
-                total += sum(len(engine.train.ids[row]) + more for row in state.batch())
+                total += sum(len(engine.pool.ids[row]) + more for row in state.batch())
     return total
 
 

@@ -79,7 +79,7 @@ def gather(path: Path, lang: str, words: Mapping[str, str]) -> Facts:
 
 
 def _gather_run(run: Path, lang: str, words: Mapping[str, str]) -> Facts:
-    from katei.study.run import load_study
+    from katei.study.folder import load_study
 
     study = load_study(run)
     results, labels = study.results, study.results["labels"]
