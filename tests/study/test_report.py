@@ -19,6 +19,7 @@ from sklearn.metrics import roc_auc_score
 from katei import api
 from katei.core.errors import RecipeError, RunError
 from katei.study.comparison import Comparison, Outcome, Rows
+from katei.study.folder import PARTIAL
 from katei.study.report.draw import Axis, axis, band, calibration_bins, roc_curve
 from katei.study.report.gather import read_predictions
 from katei.study.report.words import words_of
@@ -227,6 +228,22 @@ def test_a_run_without_test_rows_says_so(tmp_path: Path) -> None:
         page, result = page_of(tmp_path / "run", lang=lang)
         assert result["verdict"].startswith(said)
         assert [s for s in page.sections if s != "warnings"] == ["verdict", "curves", "cost", "trials", "repeat_it"]
+
+
+def test_a_study_that_was_stopped_reports_what_there_is(tmp_path: Path) -> None:
+    run = simulated_run(tmp_path)
+    results = json.loads((run / "results.json").read_text())
+    for name in ("results.json", "environment.json", "predictions.parquet"):
+        (run / name).unlink()
+    for trial in results["trials"]:
+        trial |= {"finished": trial["finished"] if trial["chosen"] else None, "chosen": False, "test": None}
+    keep = {key: results[key] for key in ("labels", "trials", "design")}
+    partial = {**keep, "partial": True, "comparison": None, "verdict": "Stopped."}
+    (run / PARTIAL).write_text(json.dumps(partial), encoding="utf-8")
+    for lang, said in (("en", "Stopped when 60 of 120 trials"), ("ja", "120 試行のうち 60")):
+        page, result = page_of(run, lang=lang)
+        assert result["verdict"].startswith(said)
+        assert page.sections == ["verdict", "curves", "trials", "repeat_it"]
 
 
 def test_one_trial_alone(tmp_path: Path) -> None:

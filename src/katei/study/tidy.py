@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from katei.core import metrics
 from katei.core.files import write_text
 from katei.study.scored import PROBABILITY, Columns, role_of
 
@@ -70,6 +69,8 @@ def tidy_lines(results: Mapping[str, Any], columns: Columns) -> Iterator[Line]:
 
 def _reference_lines(columns: Columns, label_names: Sequence[str], trained: set[str]) -> Iterator[Line]:
     """Scores of the parts of each reference point, of which results.json holds no trial."""
+    from katei.study.results import test_scores
+
     role, by_trial = role_of(columns), dict[str, list[int]]()
     for i, name in enumerate(columns["trial"]):
         if name not in trained and role[i] == "test":
@@ -79,12 +80,10 @@ def _reference_lines(columns: Columns, label_names: Sequence[str], trained: set[
         probability_EC = np.array([[columns[f"{PROBABILITY}{c}"][i] for c in label_names] for i in picked])
         mine = {"trial": name, "split": "test"}
         mine |= {key: columns[key][picked[0]] for key in ("method", "seed", "repeat", "fold") if key in columns}
-        correct = int((probability_EC.argmax(1) == np.asarray(labels)).sum())
-        interval = metrics.wilson_interval(correct, len(labels))
-        yield from _line(mine, "accuracy", correct / len(labels), interval)
-        area, bounds = metrics.roc_auc(probability_EC, labels), metrics.roc_auc_interval(probability_EC, labels)
-        yield from _line(mine, "roc_auc", area, bounds)
-        yield from _line(mine, "loss", metrics.cross_entropy(probability_EC, labels))
+        scores = test_scores(probability_EC, labels)
+        yield from _line(mine, "accuracy", scores.accuracy, scores.accuracy_interval)
+        yield from _line(mine, "roc_auc", scores.roc_auc, scores.roc_auc_interval)
+        yield from _line(mine, "loss", scores.loss)
 
 
 def _line(mine: Line, metric: str, value: float | None, interval: Sequence[float] | None = None) -> Iterator[Line]:

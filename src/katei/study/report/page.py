@@ -144,7 +144,8 @@ def _forest(facts: Facts) -> dict[str, Any] | None:
     if facts.comparison is None or not facts.comparison["differences"]:
         return None
     margin, pairs = facts.comparison["margin"], facts.comparison["differences"]
-    best = facts.comparison["methods"][0]["method"]
+    names = [s["method"] for s in facts.comparison["methods"]]
+    best = next((name for name in names if name not in facts.references), names[0])
     of_accuracy = [d for d in pairs if d["metric"] == "accuracy"]
     shown = [d for d in of_accuracy if best in (d["first"], d["second"])]
     bounds = [b for d in of_accuracy for b in d["interval"]]
@@ -172,10 +173,11 @@ def _forest(facts: Facts) -> dict[str, Any] | None:
 
 
 def _counting(facts: Facts) -> dict[str, list[dict[str, Any]]]:
-    """Trials of the comparison, by method."""
+    """Trials of the comparison, by method; before there is one, all."""
+    partial = facts.results.get("partial", False)
     found: dict[str, list[dict[str, Any]]] = {}
     for trial in facts.trials:
-        if trial.get("chosen", True) and trial.get("share", 1.0) == 1.0:
+        if (trial.get("chosen", True) or partial) and trial.get("share", 1.0) == 1.0:
             found.setdefault(trial["method"], []).append(trial)
     return found
 
@@ -318,17 +320,13 @@ def _tuning(facts: Facts) -> dict[str, Any] | None:
     if not tuning:
         return None
     searched = [
-        (method, name, [f"{v:g}" if isinstance(v, float) else str(v) for v in values], _is_range(values))
-        for method, names in tuning["searched"].items()
-        for name, values in names.items()
+        (method, name, [f"{v:g}" if isinstance(v, float) else str(v) for v in values], name == "learning_rate")
+        for method, settings in tuning["searched"].items()
+        for name, values in settings.items()
     ]
     chosen = [{**c, "settings": _settings(c["settings"])} for c in tuning["chosen"]]
     keys = [key for key in ("repeat", "fold") if any(c.get(key) is not None for c in chosen)]
     return {**tuning, "searched": searched, "chosen": chosen, "keys": keys}
-
-
-def _is_range(values: Sequence[Any]) -> bool:
-    return len(values) == 2 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
 def _learning(facts: Facts) -> dict[str, Any] | None:
