@@ -67,7 +67,7 @@ def ours() -> dict[str, float]:
     base = Base(loaded.model, loaded.tokenizer)
     after_loading = peak_bytes()
     train, valid = longest_rows(loaded.tokenizer)
-    Lockstep(base, book_trials(STEPS, 1), 2, train, valid).run()
+    Lockstep.on_split(base, book_trials(STEPS, 1), 2, train, valid).run()
     return {"loaded": after_loading, "peak": peak_bytes()}
 
 
@@ -111,7 +111,7 @@ def process(trials: int) -> dict[str, float]:
 
     base = Base(load_base(MODEL).model)
     task = lora_task(base, trials)
-    engine = Lockstep(base, task.trials, 2, task.train, None)
+    engine = Lockstep.on_split(base, task.trials, 2, task.train, None)
     for _ in range(CURVE_STEPS):
         engine.tick()
     return {"peak": peak_bytes()}
@@ -130,7 +130,7 @@ def live(counts: list[int]) -> list[dict[str, float]]:
     def peak(trials: int, rows: int) -> tuple[int, int]:
         task = lora_task(base, trials, rows=max(counts), batch_size=rows)
         with LiveBytes() as meter:
-            engine = Lockstep(base, task.trials, 2, task.train, None)
+            engine = Lockstep.on_split(base, task.trials, 2, task.train, None)
             engine.tick()
         return meter.peak, 16 * trials * engine.stacks[0].numbers
 

@@ -29,6 +29,8 @@ from benchmarks.measure import ROOT, SCRATCH, Figures, arguments, quantile, say
 METHODS = ("lora", "adalora", "prompt-tuning", "p-tuning", "prefix-tuning", "ia3", "llama-adapter", "head", "full")
 SHAPES = ("HuggingFaceTB/SmolLM2-360M", "llm-jp/llm-jp-3-440m", "Qwen/Qwen3-0.6B")
 """None of them was looked at while the planner was written: these were SmolLM2-135M, Gemma 3 270M and llm-jp-3-150m."""
+LAYERS = 8
+"""Of each shape, so that a case takes a minute here."""
 PROFILES = ("short", "mixed", "long")
 
 
@@ -70,7 +72,8 @@ def cases(shapes: Sequence[str], quick: bool) -> list[Case]:
                 precision = "fp32" if method == "full" else rng.choice(("fp32", "fp32", "bf16"))  # bf16 is slow here
                 trials = 1 if method == "full" or profile == "long" else rng.choice((1, 1, 3, 6))
                 found.append(Case(shape, method, profile, rng.choice((1, 4)), precision, rng.random() < 0.3, trials))
-    return found[::27] if quick else found
+    rng.shuffle(found)
+    return found[:3] if quick else found
 
 
 # -------------------------------------------------------------------- one case
@@ -89,6 +92,10 @@ def base_folder(shape: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
         config = bundled(shape)
+        assert config is not None
+        config.num_hidden_layers = LAYERS
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:LAYERS]
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         tiny_tokenizer(folder)
         model.save_pretrained(folder)
@@ -104,11 +111,12 @@ def run_of(case: Case, folder: Path) -> Any:
 
     ids = load_tokenizer(str(folder))(case.texts())["input_ids"]
     assert [len(row) for row in ids] == case.lengths()
-    tokens = Tokens(tuple(map(tuple, ids)), tuple(i % 3 for i in range(len(ids))))
+    rows = tuple(range(len(ids)))
+    pool = Tokens(tuple(map(tuple, ids)), tuple(i % 3 for i in rows))
     method = ALL[case.method]()
     training = Training(learning_rate=1e-4, epochs=epochs(case), batch_size=case.batch_size)
-    trials = tuple(Trial(f"{case.method}-{k}", method, k, training, tuple(range(len(ids)))) for k in range(case.trials))
-    return Run(trials, 3, tokens, tokens, 1024, case.checkpointing)
+    trials = tuple(Trial(f"{case.method}-{k}", method, k, training, rows, rows) for k in range(case.trials))
+    return Run(trials, 3, pool, (), 1024, case.checkpointing)
 
 
 def epochs(case: Case) -> int:
@@ -135,8 +143,7 @@ def live(case: Case) -> dict[str, float]:
             base,
             run.trials,
             run.classes,
-            run.train,
-            run.valid,
+            run.pool,
             token_budget=run.token_budget,
             checkpointing=run.checkpointing,
         ).run()
@@ -164,6 +171,7 @@ def process(case: Case) -> dict[str, float]:
         max_length=1000,
         precision=case.precision,
         checkpointing=case.checkpointing,
+        references=["majority class"],
     )
     memory = study.environment["memory"]
     shutil.rmtree(folder)

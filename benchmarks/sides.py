@@ -83,7 +83,9 @@ class Sides:
         )
 
     def lockstep(self, task: Task) -> Lockstep:
-        return Lockstep(self.base, task.trials, CLASSES, task.train, task.valid)
+        pool = task.train + task.valid + (task.test or Tokens((), ()))
+        valid = tuple(range(len(task.train), len(task.train) + len(task.valid)))
+        return Lockstep(self.base, [replace(trial, valid=valid) for trial in task.trials], CLASSES, pool)
 
     def theirs(self, task: Task, only: Sequence[str] | None = None) -> Side:
         """Each trial by itself with peft + Trainer (or `only` those named), beginning where ours does."""
@@ -109,7 +111,8 @@ class Sides:
         started = time.perf_counter()
         engine = self.lockstep(task)
         engine.run()
-        test = engine.probabilities([(state, task.test) for state in engine.states]) if task.test else []
+        tested = range(len(task.train) + len(task.valid), len(engine.pool))
+        test = engine.probabilities([(state, tested) for state in engine.states]) if task.test else []
         seconds = time.perf_counter() - started
         names = [state.trial.name for state in engine.states]
         losses = [[float(epoch.valid_loss or "nan") for epoch in state.epochs] for state in engine.states]

@@ -66,7 +66,7 @@ def main() -> None:
                         tuple(range(len(train))),
                     )
                 )
-    lockstep = Lockstep(base, trials, len(dataset.label_names), train, valid)
+    lockstep = Lockstep.on_split(base, trials, len(dataset.label_names), train, valid)
     print(f"{options.model}, {options.data}: {len(train)} train, {len(valid)} valid rows, {options.epochs} epochs")
     print(
         "| method, rate | train loss | valid loss | valid ROC AUC | valid accuracy | best epoch |\n|---|---|---|---|---|---|",

@@ -18,7 +18,8 @@ from typing import IO, TYPE_CHECKING, Any
 from katei.core.errors import AdapterError, RecipeError
 
 if TYPE_CHECKING:
-    from katei.study.run import Study, Watcher
+    from katei.study.folder import Study
+    from katei.study.training import Watcher
 
 PathLike = str | Path
 
@@ -94,7 +95,8 @@ def train(
     methods = None if method is None else [method]
     if methods is None and rest.get("recipe") is None:
         raise RecipeError("no method given", hint="--method lora")
-    return compare(data, out=out, methods=methods, seeds=None if seed is None else [seed], **rest)
+    seeds = None if seed is None else [seed]
+    return compare(data, out=out, methods=methods, seeds=seeds, **{"references": [], **rest})
 
 
 def demo(
@@ -169,7 +171,7 @@ def evaluate(
     from katei.methods.saved import AdapterNote
     from katei.ship.adapters import adapter_folder, note_of, open_adapter
     from katei.ship.predict import predict_texts
-    from katei.study.run import test_scores
+    from katei.study.results import test_scores
 
     folder = adapter_folder(Path(run), trial)
     note: AdapterNote = note_of(folder)
@@ -382,6 +384,25 @@ def _voices(
     whole: Any = loaded.model
     base = Base(whole.base_model, loaded.tokenizer, name=name, fingerprint=loaded.fingerprint)
     return names, [None if s is None else s.stack(base) for s in saved], base, whole
+
+
+def report(run: PathLike, *, out: PathLike | None = None, lang: str = "en") -> dict[str, Any]:
+    """Write a run's report: one HTML file, self-contained, the verdict first; and its results.csv, one number a line.
+
+    `run` may also be a table that `compare_from` takes. Returns `run`, `out`, `tidy` (None for such a table), `lang`, `bytes` and
+    `verdict`, in English or Japanese.
+    """
+    from katei.study.report import write_report
+
+    written = write_report(Path(run), None if out is None else Path(out), lang)
+    return {
+        "run": str(run),
+        "out": str(written.out),
+        "tidy": None if written.tidy is None else str(written.tidy),
+        "lang": lang,
+        "bytes": written.out.stat().st_size,
+        "verdict": ("" if lang == "ja" else " ").join(written.facts.verdict),
+    }
 
 
 def merge(

@@ -71,6 +71,7 @@ Checkpointing = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Begin also what does not fit by the plan.")]
+Lang = Annotated[str, typer.Option(help="Of the verdict: en or ja.")]
 SaveSeconds = Annotated[float, typer.Option(help="Save the state at most this often; a killed run goes on from there.")]
 
 
@@ -182,6 +183,19 @@ def compare(
     model: BaseModel = None,
     recipe: RecipeFile = None,
     seeds: Annotated[int | None, typer.Option(help="How many seeds, from 0 [1].")] = None,
+    folds: Annotated[
+        int | None, typer.Option(help="Cross-validate: parts of the train and valid rows, each tested once [0: no].")
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(help="With --folds: how often the rows are divided anew [1].")] = None,
+    tune: Annotated[
+        int | None, typer.Option(help="Settings tried per method, chosen on validation rows [0: its own alone].")
+    ] = None,
+    no_racing: Annotated[
+        bool, typer.Option("--no-racing", help="With --tune: train every setting to its end.")
+    ] = False,
+    learning_curve: Annotated[
+        bool, typer.Option("--learning-curve", help="Train on 1/8, 1/4 and 1/2 of the rows too: would more help?")
+    ] = False,
     text: TextColumn = None,
     label: LabelColumn = None,
     epochs: Epochs = None,
@@ -210,22 +224,29 @@ def compare(
             "probability_LABEL per class; also seed, fold), or with method, correct and rows.",
         ),
     ] = None,
-    lang: Annotated[str, typer.Option(help="Of the verdict of --from: en or ja.")] = "en",
-    margin: Annotated[float, typer.Option(help="With --from: differences in accuracy that do not matter.")] = 0.05,
+    lang: Lang = "en",
+    margin: Annotated[float | None, typer.Option(help="A difference in accuracy that does not matter [0.05].")] = None,
     reference: Annotated[
-        str | None, typer.Option(help="With --from: comma-separated, the methods that the others should beat.")
+        str | None,
+        typer.Option(
+            help="Comma-separated, what the methods should beat: majority class, tf-idf, head, zero-shot, or none [all four]; "
+            "with --from methods of the table [none]."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train several methods (and seeds) in lockstep on the same rows; prints all scores and what may be said of them."""
+    """Train several methods in lockstep on the same rows (and folds, and seeds); prints which is better, and by how much."""
     from katei import api
+    from katei.study.verdicts import check_language
 
-    _check_together(context, results is not None, ("lang", "margin", "reference"))
+    check_language(lang)
+    references = None if reference is None else [n.strip() for n in reference.split(",")] if reference != "none" else []
     if results is not None:
         from katei.printing import print_comparison
 
-        names = [] if reference is None else [name.strip() for name in reference.split(",")]
-        comparison = api.compare_from(results, margin=margin, references=names, lang=lang)
+        _check_alone(context, ("lang", "margin", "reference"))
+        margin = 0.05 if margin is None else margin
+        comparison = api.compare_from(results, margin=margin, references=references or [], lang=lang)
         _finish(comparison, as_json, lambda: print_comparison(comparison, lang))
         return
     study = api.compare(
@@ -233,6 +254,13 @@ def compare(
         out=out,
         methods=None if method is None else [name.strip() for name in method.split(",")],
         seeds=seeds,
+        folds=folds,
+        repeats=repeats,
+        tune=tune,
+        racing=False if no_racing else None,
+        learning_curve=True if learning_curve else None,
+        references=references,
+        margin=margin,
         model=model,
         recipe=recipe,
         text=text,
@@ -255,7 +283,7 @@ def compare(
         overwrite=overwrite,
         watcher=_watcher(),
     )
-    _print_study(study, as_json)
+    _print_study(study, as_json, lang)
 
 
 @app.command()
@@ -462,6 +490,25 @@ def generate(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A finished run folder, or a table that compare --from takes.")],
+    out: Annotated[Path | None, typer.Option(help="The page, an .html file [RUN/report.html].")] = None,
+    lang: Annotated[str, typer.Option(help="en or ja.")] = "en",
+    open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run's report: one HTML file that needs nothing else, the verdict first; and results.csv, one number a line."""
+    from katei import api
+
+    result = api.report(run, out=out, lang=lang)
+    _finish(result, as_json, lambda: print(f"{result['verdict']}\n\n{result['out']}"))
+    if open_it:
+        import webbrowser
+
+        webbrowser.open(Path(result["out"]).resolve().as_uri())
+
+
+@app.command()
 def merge(
     run: Annotated[Path, typer.Argument(help="A run folder, one of its trials, or an adapter peft saved.")],
     out: Annotated[Path, typer.Option(help="The new model's folder.")],
@@ -620,25 +667,22 @@ def _say(text: str) -> None:
     _console().print(Text(text, style="dim"))
 
 
-def _print_study(study: Any, as_json: bool) -> None:
+def _print_study(study: Any, as_json: bool, lang: str = "en") -> None:
     from katei.printing import print_study
 
-    _finish(study.as_json(), as_json, lambda: print_study(study))
+    _finish(study.as_json(), as_json, lambda: print_study(study, lang))
 
 
-def _check_together(context: typer.Context, from_file: bool, own: tuple[str, ...]) -> None:
-    """Raise RecipeError for flags of training beside --from, and for those of --from without it."""
+def _check_alone(context: typer.Context, own: tuple[str, ...]) -> None:
+    """Raise RecipeError for flags of training beside --from."""
     flags = {p.name: p.opts[0] if p.opts[0].startswith("-") else "DATA" for p in context.command.params}
     sources = {name: context.get_parameter_source(str(name)) for name in flags}
     given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    wrong = [flags[n] for n in given if (n not in (*own, "results", "as_json") if from_file else n in own)]
-    if wrong and from_file:
+    wrong = [flags[n] for n in given if n not in (*own, "results", "as_json")]
+    if wrong:
         raise RecipeError(
             f"--from trains nothing, so {', '.join(wrong)} has no meaning", hint="katei compare --from FILE"
         )
-    if wrong:
-        hint = f"katei compare --from FILE {wrong[0]} …"
-        raise RecipeError(f"{', '.join(wrong)} belongs to --from FILE", hint=hint)
 
 
 def _agreement(result: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from rich.text import Text
 from katei.progress import duration, number
 
 if TYPE_CHECKING:
-    from katei.study.run import Study
+    from katei.study.folder import Study
 
 
 def _console() -> Console:
@@ -27,16 +27,31 @@ def _console() -> Console:
     return console
 
 
-def print_study(study: Study) -> None:
+TRIALS_SHOWN = 12
+"""Studies of more have no table of epochs for each."""
+
+
+def print_study(study: Study, lang: str = "en") -> None:
     """The epoch tables, the scores with their intervals, the verdict, and where everything is."""
-    console = _console()
-    trials = study.results["trials"]
-    console.print(Columns([_epoch_table(trial) for trial in trials], padding=(0, 4)))
-    if any(trial["best_epoch"] for trial in trials):
-        console.print(Text("* lowest validation loss", style="dim"))
-    if any(trial["test"] for trial in trials):
-        console.print(_score_table(trials, study.results["majority_accuracy"], console.width))
-    console.print(Text(study.results["verdict"]))
+    console, results = _console(), study.results
+    trials, comparison = results["trials"], results["comparison"]
+    if len(trials) <= TRIALS_SHOWN:
+        console.print(Columns([_epoch_table(trial) for trial in trials], padding=(0, 4)))
+        if any(trial["best_epoch"] for trial in trials):
+            console.print(Text("* lowest validation loss", style="dim"))
+    if comparison is not None and results["design"]["kind"] != "given":
+        _print_methods(comparison, "", console, lang)
+    elif any(trial["test"] for trial in trials):
+        references = [] if comparison is None else comparison["methods"]
+        console.print(_score_table(trials, references, results["majority_accuracy"], console.width))
+    if comparison is not None:
+        _print_differences(comparison, ("accuracy",), console, lang)
+    if results["tuning"]:
+        console.print(Text(_tuning_line(results["tuning"], len(trials))))
+    if results["learning_curve"]:
+        console.print(_curve_table(results["learning_curve"]["points"]))
+        console.print(Text(results["learning_curve"]["verdict"]))
+    _print_verdict(results, console, lang)
     seconds, memory = study.environment["seconds"], study.environment["memory"]
     console.print(
         Text(
@@ -45,7 +60,7 @@ def print_study(study: Study) -> None:
             style="dim",
         )
     )
-    which = f" --trial {trials[0]['name']}" if len(trials) > 1 else ""
+    which = f" --trial {next(t['name'] for t in trials if t['chosen'])}" if len(trials) > 1 else ""
     console.print(Text(f"run folder  {study.run}\nnext        katei predict {study.run} FILE.tsv{which}", style="dim"))
 
 
@@ -55,6 +70,46 @@ def _peak(memory: dict[str, Any]) -> str:
     if planned := memory.get("planned_bytes"):
         said += f" (planned {planned / 2**30:.2f}: {planned / memory['peak_bytes'] - 1:+.1%})"
     return said
+
+
+def _print_verdict(results: dict[str, Any], console: Console, lang: str) -> None:
+    from katei.study.comparison import Comparison
+    from katei.study.verdicts import note, verdict
+
+    said = results["verdict"]
+    if results["comparison"] is not None:
+        comparison = Comparison.from_json(results["comparison"])
+        if (aside := note(comparison, lang)) is not None:
+            console.print(Text(aside, style="dim"))
+        if lang != "en":
+            said = verdict(comparison, lang)
+    console.print(Text(f"\n{said}"))
+
+
+def _tuning_line(tuning: dict[str, Any], trials: int) -> str:
+    return (
+        f"tuning: {tuning['settings_per_method']} settings per method and training part; {tuning['stopped_by_racing']} of {trials} "
+        f"trials were stopped by racing, {tuning['stopped_early'] - tuning['stopped_by_racing']} by patience: "
+        f"{tuning['epochs_run']:,} of {tuning['epochs_full']:,} epochs trained ({tuning['share_saved']:.0%} saved)"
+    )
+
+
+def _curve_table(points: list[dict[str, Any]]) -> Table:
+    sizes = sorted({point["share"]: point["train_rows"] for point in points}.items())
+    title = "accuracy by training rows"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method")
+    for _, rows in sizes:
+        table.add_column(f"{rows:,}", justify="right")
+    of = {(p["method"], p["share"]): p for p in points}
+    for name in dict.fromkeys(p["method"] for p in points):
+        cells = []
+        for share, _ in sizes:
+            point = of.get((name, share))
+            between = f" ({_interval(point['accuracy_interval'])})" if point and point["accuracy_interval"] else ""
+            cells.append(number(point["accuracy"] if point else None) + between)
+        table.add_row(name, *cells)
+    return table
 
 
 def _epoch_table(trial: dict[str, Any]) -> Table:
@@ -72,7 +127,9 @@ def _epoch_table(trial: dict[str, Any]) -> Table:
     return table
 
 
-def _score_table(trials: list[dict[str, Any]], majority: float | None, width: int) -> Table:
+def _score_table(
+    trials: list[dict[str, Any]], methods: list[dict[str, Any]], majority: float | None, width: int
+) -> Table:
     rows = next(t["test"]["rows"] for t in trials if t["test"])
     title = f"test, {rows} rows, 95 % intervals"
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
@@ -80,7 +137,7 @@ def _score_table(trials: list[dict[str, Any]], majority: float | None, width: in
     table.add_column("trial")
     for name in ("accuracy", "interval", "ROC AUC", "interval", "loss", "trained", "of all"):
         table.add_column(name, justify="right")
-    for trial in trials:
+    for trial in (t for t in trials if t["chosen"] and t["share"] == 1):
         test, counts = trial["test"], (f"{trial['trainable']:,}", f"{trial['trainable'] / trial['total']:.3%}")
         if test is None:
             table.add_row(trial["name"], trial["finished"] or "–", "", "", "", "", *counts)
@@ -94,8 +151,12 @@ def _score_table(trials: list[dict[str, Any]], majority: float | None, width: in
             number(test["loss"]),
             *counts,
         )
-    if majority is not None:
-        table.add_section()
+    table.add_section()
+    others = [m for m in methods if m["method"] not in {t["method"] for t in trials}]
+    for m in others:  # reference points
+        scores = (number(m["accuracy"]), _interval(m["accuracy_interval"]), number(m.get("roc_auc")))
+        table.add_row(m["method"], *scores, _interval(m.get("roc_auc_interval")), number(m.get("log_loss")))
+    if majority is not None and not any(m["method"] == "majority class" for m in others):
         table.add_row("commonest class", number(majority), "", "0.500")
     return table
 
@@ -130,8 +191,17 @@ PAIRS_SHOWN = 15
 
 def print_comparison(result: dict[str, Any], lang: str) -> None:
     """Scores, differences, and the verdict of `compare --from`."""
-    console, words, design = _console(), COMPARISON_WORDS[lang], result["design"]
-    title = f"{result['file']}, {words[design['kind'] + '_'].format(**design)}"
+    console = _console()
+    _print_methods(result, f"{result['file']}, ", console, lang)
+    _print_differences(result, ("accuracy", "roc_auc"), console, lang)
+    if result["note"] is not None:
+        console.print(Text(result["note"], style="dim"))
+    console.print(Text(f"\n{result['verdict']}"))
+
+
+def _print_methods(result: dict[str, Any], of: str, console: Console, lang: str) -> None:
+    words, design = COMPARISON_WORDS[lang], result["design"]
+    title = f"{of}{words[design['kind'] + '_'].format(**design)}"
     metrics = [
         m for m in words if all(m in scores for scores in result["methods"]) and f"{m}_interval" in result["methods"][0]
     ]
@@ -151,14 +221,16 @@ def print_comparison(result: dict[str, Any], lang: str) -> None:
         table.add_section()
         table.add_row(f"= {result['commonest_class']['label']}", "", number(result["commonest_class"]["accuracy"]))
     console.print(table)
-    for metric in dict.fromkeys(d["metric"] for d in result["differences"]):
+
+
+def _print_differences(result: dict[str, Any], metrics: tuple[str, ...], console: Console, lang: str) -> None:
+    words = COMPARISON_WORDS[lang]
+    shown = [m for m in dict.fromkeys(d["metric"] for d in result["differences"]) if m in metrics]
+    for metric in shown:
         pairs = [d for d in result["differences"] if d["metric"] == metric]
         console.print(_difference_table(pairs, f"{words['pair']} {words[metric]}", result["margin"], words))
-    if len(result["differences"]) > 1:
+    if len(result["differences"]) > 1 and shown:
         console.print(Text(words["alone"], style="dim"))
-    if result["note"] is not None:
-        console.print(Text(result["note"], style="dim"))
-    console.print(Text(f"\n{result['verdict']}"))
 
 
 def _difference_table(pairs: list[dict[str, Any]], title: str, margin: float, words: dict[str, str]) -> Table:

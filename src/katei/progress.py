@@ -25,6 +25,10 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+SHOWN = 12
+"""Trials that have a line of their own; of more, each method has one."""
+
+
 class TerminalWatcher:
     """Shows a study on `console`. The lockstep's losses are read at most four times a second."""
 
@@ -34,39 +38,34 @@ class TerminalWatcher:
         self.began = 0.0
         self.rows_before = 0
         self.drawn = 0.0
-        self.loss: dict[str, tuple[int, float]] = {}
+        self.left = 0
 
     def say(self, text: str) -> None:
         style = "yellow" if text.startswith("warning") else "dim"
         self.console.print(Text(text, style=style), soft_wrap=True)
 
-    def begin(self, lockstep: Lockstep) -> None:
-        self.began, self.rows_before, self.drawn = time.monotonic(), lockstep.trained_rows, 0.0
+    def begin(self, lockstep: Lockstep, left: int) -> None:
+        self.began, self.rows_before, self.drawn, self.left = time.monotonic(), lockstep.trained_rows, 0.0, left
         trials = len(lockstep.states)
         self.say(
             f"training {trials} trial{'s' * (trials > 1)} in lockstep over {lockstep.base.name}, "
-            f"{len(lockstep.train)} rows, on {lockstep.base.device}"
+            f"{max(len(state.trial.rows) for state in lockstep.states)} rows, on {lockstep.base.device}"
         )
         if self.console.is_terminal:
-            self.live = Live(self._table(lockstep), console=self.console, auto_refresh=False, transient=True)
+            self.live = Live(self._view(lockstep), console=self.console, auto_refresh=False, transient=True)
             self.live.start()
 
     def tick(self, lockstep: Lockstep, ended: list[TrialState]) -> None:
         if self.live is not None:
             if ended or time.monotonic() - self.drawn > 0.25:
                 self.drawn = time.monotonic()
-                self.live.update(self._table(lockstep), refresh=True)
+                self.live.update(self._view(lockstep), refresh=True)
             return
-        for state in ended:
-            epoch = state.epochs[-1]
-            self.console.print(
-                Text(
-                    f"epoch {epoch.epoch}/{state.trial.training.epochs}  {state.trial.name:<16}"
-                    f" train loss {number(epoch.train_loss)}  valid loss {number(epoch.valid_loss)}"
-                    f"  ROC AUC {number(epoch.valid_roc_auc)}  accuracy {number(epoch.valid_accuracy)}"
-                ),
-                soft_wrap=True,
-            )
+        if len(lockstep.states) <= SHOWN:
+            for state in ended:
+                self.console.print(Text(_epoch_line(state)), soft_wrap=True)
+        elif ended:
+            self.console.print(Text(_best_line(ended)), soft_wrap=True)
         if ended:
             self.console.print(Text(self._pace(lockstep), style="dim"), soft_wrap=True)
 
@@ -85,14 +84,26 @@ class TerminalWatcher:
         )
         rate = rows / spent if spent else 0.0
         ahead = f", at most {duration(left / rate)} left" if rate and left else ""
-        return f"{rows} rows in {duration(spent)}, {rate:.1f} rows/s{ahead}"
+        return f"{self._counts(lockstep)}{rows} rows in {duration(spent)}, {rate:.1f} rows/s{ahead}"
 
-    def _table(self, lockstep: Lockstep) -> Group:
+    def _counts(self, lockstep: Lockstep) -> str:
+        """Trials running, stopped and left, where there are several."""
+        if len(lockstep.states) + self.left == 1:
+            return ""
+        running = sum(state.finished is None for state in lockstep.states)
+        stopped = sum(state.finished in ("early", "racing", "diverged") for state in lockstep.states)
+        done = len(lockstep.states) - running - stopped
+        return f"trials: {running} running, {stopped} stopped, {done} done, {self.left} left; "
+
+    def _view(self, lockstep: Lockstep) -> Group:
+        table = self._trials(lockstep) if len(lockstep.states) <= SHOWN else _methods(lockstep)
+        return Group(table, Text(self._pace(lockstep), style="dim"))
+
+    def _trials(self, lockstep: Lockstep) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("trial", "epoch", "train loss", "valid loss", "ROC AUC", "accuracy"):
             table.add_column(name, justify="left" if name == "trial" else "right")
-        shown = lockstep.states[: max(4, self.console.height - 6)]
-        for state in shown:
+        for state in lockstep.states[: max(4, self.console.height - 6)]:
             trial = state.trial
             last = state.epochs[-1] if state.epochs else None
             within = state.step - len(state.epochs) * trial.steps_per_epoch
@@ -107,9 +118,47 @@ class TerminalWatcher:
                 number(last.valid_roc_auc if last else None),
                 number(last.valid_accuracy if last else None),
             )
-        more = len(lockstep.states) - len(shown)
-        tail = f"… and {more} more trials   " if more else ""
-        return Group(table, Text(tail + self._pace(lockstep), style="dim"))
+        return table
+
+
+def _epoch_line(state: TrialState) -> str:
+    epoch = state.epochs[-1]
+    return (
+        f"epoch {epoch.epoch}/{state.trial.training.epochs}  {state.trial.name:<16}"
+        f" train loss {number(epoch.train_loss)}  valid loss {number(epoch.valid_loss)}"
+        f"  ROC AUC {number(epoch.valid_roc_auc)}  accuracy {number(epoch.valid_accuracy)}"
+    )
+
+
+def _best(states: list[TrialState]) -> tuple[str, float | None]:
+    """The trial with the least validation loss of any epoch, and that."""
+    losses = {s.trial.name: s.epochs[s.best_epoch - 1].valid_loss for s in states if s.best_epoch is not None}
+    known = {name: loss for name, loss in losses.items() if loss is not None}
+    name = min(known, key=lambda name: known[name], default=None)
+    return ("–", None) if name is None else (name, known[name])
+
+
+def _best_line(ended: list[TrialState]) -> str:
+    name, loss = _best(ended)
+    epochs = f"epoch {max(len(s.epochs) for s in ended)}/{max(s.trial.training.epochs for s in ended)}"
+    return f"{epochs}  {len(ended)} trials; least valid loss {number(loss)}, {name}"
+
+
+def _methods(lockstep: Lockstep) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("method", "running", "stopped", "done", "epoch", "best valid loss", "of trial"):
+        table.add_column(name, justify="left" if name in ("method", "of trial") else "right")
+    groups: dict[str, list[TrialState]] = {}
+    for state in lockstep.states:
+        groups.setdefault(state.trial.method.name, []).append(state)
+    for name, states in groups.items():
+        running = sum(s.finished is None for s in states)
+        done = sum(s.finished == "done" for s in states)
+        epoch = max(s.step / s.trial.steps_per_epoch for s in states)
+        best, loss = _best(states)
+        counts = (str(running), str(len(states) - running - done), str(done))
+        table.add_row(name, *counts, f"{epoch:.1f}/{states[0].trial.training.epochs}", number(loss), best)
+    return table
 
 
 class RowsWatcher:

@@ -156,7 +156,7 @@ class PeftClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             }
             self._warn_of_cuts(base, texts, recipe.max_length)
             trial = Trial(self.method, method, seed, training, tuple(range(len(train))))
-            lockstep = Lockstep(
+            lockstep = Lockstep.on_split(
                 base, [trial], len(classes), tokens["train"], tokens.get("valid"), token_budget=recipe.token_budget
             )
             lockstep.run()
@@ -166,7 +166,7 @@ class PeftClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 raise RunError(f"training diverged in epoch {len(state.epochs) + 1}: a loss is not finite", hint=hint)
             temperature = None
             if "valid" in tokens:
-                valid_EC = lockstep.probabilities([(state, tokens["valid"])])[0]
+                valid_EC = lockstep.probabilities([(state, state.trial.valid)])[0]
                 temperature = fit_temperature(valid_EC, tokens["valid"].labels)
             note = AdapterNote(
                 name=self.method,

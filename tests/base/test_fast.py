@@ -68,7 +68,7 @@ def test_trials_end_the_same_with_every_saving_on_and_off(checkpointing: bool) -
     tokens = Tokens(SHARED, TOKENS.labels)
     engines = []
     for base, cache in zip(bases("llama"), (True, False), strict=True):
-        engine = Lockstep(base, trials, 3, tokens, tokens, cache=cache, checkpointing=checkpointing)
+        engine = Lockstep.on_split(base, trials, 3, tokens, tokens, cache=cache, checkpointing=checkpointing)
         for stack in engine.stacks:
             perturb_(stack, size=0.1)
         engine.run()

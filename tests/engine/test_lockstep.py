@@ -46,8 +46,8 @@ def test_every_row_comes_once_an_epoch_in_an_order_of_the_seeds_own() -> None:
 
 
 def test_accumulated_batches_are_one_big_batch() -> None:
-    small = Lockstep(BASE, [trial(batch_size=2, accumulation=3)], 3, TOKENS, None)
-    big = Lockstep(BASE, [trial(batch_size=6)], 3, TOKENS, None)
+    small = Lockstep.on_split(BASE, [trial(batch_size=2, accumulation=3)], 3, TOKENS, None)
+    big = Lockstep.on_split(BASE, [trial(batch_size=6)], 3, TOKENS, None)
     small.run()
     big.run()
     assert small.states[0].step == big.states[0].step == 3 * 2
@@ -55,7 +55,7 @@ def test_accumulated_batches_are_one_big_batch() -> None:
 
 
 def test_early_stopping_stops_and_the_best_epoch_stays() -> None:
-    engine = Lockstep(BASE, [trial(learning_rate=0.05, epochs=12, patience=2, keep="best")], 3, TOKENS, VALID)
+    engine = Lockstep.on_split(BASE, [trial(learning_rate=0.05, epochs=12, patience=2, keep="best")], 3, TOKENS, VALID)
     seen: dict[int, torch.Tensor] = {}
 
     def watch(lockstep: Lockstep, ended: list[object]) -> None:
@@ -92,7 +92,7 @@ def test_dropout_depends_on_row_step_and_place_and_keeps_the_mean() -> None:
 
 
 def test_every_row_of_every_step_of_every_trial_has_its_own_dropout() -> None:
-    engine = Lockstep(BASE, [trial(seed=0, batch_size=3), trial(seed=1, batch_size=3)], 3, TOKENS, None)
+    engine = Lockstep.on_split(BASE, [trial(seed=0, batch_size=3), trial(seed=1, batch_size=3)], 3, TOKENS, None)
     seen, build = [], BASE.stream
 
     def spy(rows: list[PackedRow], *args: object, **how: object) -> object:
@@ -112,7 +112,7 @@ def test_every_row_of_every_step_of_every_trial_has_its_own_dropout() -> None:
 @pytest.mark.parametrize("clip_norm", [0.0, 0.01, 1e6])
 def test_each_trials_gradient_is_clipped_by_its_own_norm(name: str, clip_norm: float) -> None:
     trials = [trial(name, seed, clip_norm=c) for seed, c in ((0, clip_norm), (1, 1.0))][: 1 if name == "full" else 2]
-    engine = Lockstep(tiny_base(), trials, 3, TOKENS, None)
+    engine = Lockstep.on_split(tiny_base(), trials, 3, TOKENS, None)
     stack, state = engine.stacks[0], engine.states[0]
     engine._gradients(engine.states, [s.batch() for s in engine.states])
     before = [gradient.clone() for _, gradient, _ in stack.trained(0)]
@@ -132,7 +132,7 @@ def test_an_overflow_on_the_way_down_stays_the_trials_own(name: str, token_budge
     base = tiny_base(dtype=torch.float16)
 
     def pushed(trials: list[Trial]) -> Lockstep:
-        engine = Lockstep(base, trials, 3, TOKENS, None, token_budget=token_budget)
+        engine = Lockstep.on_split(base, trials, 3, TOKENS, None, token_budget=token_budget)
         for state in engine.states:
             rng = torch.Generator().manual_seed(state.trial.seed)
             theta_M = engine.stacks[0].theta_NM[state.n]
@@ -158,7 +158,7 @@ def test_a_diverged_trials_later_rows_reach_nobody() -> None:
     """Its first row's loss is not finite, its others' may be, with gradients that are not."""
     wild = trial(seed=1, batch_size=4, epsilon=1e-3)
     calm = trial(seed=0, batch_size=4, epsilon=1e-3)
-    engine = Lockstep(BASE, [wild, calm], 3, TOKENS, None, token_budget=15)
+    engine = Lockstep.on_split(BASE, [wild, calm], 3, TOKENS, None, token_budget=15)
     passed, backward = [], engine._backward
 
     def spy(work: list[Any], *args: Any) -> Any:
@@ -178,7 +178,7 @@ def test_a_restored_run_ends_with_the_same_bytes(ticks: int, tmp_path: Path) -> 
     trials = [trial(name, batch_size=1 + i % 2, keep="best") for i, name in enumerate(STACKED)]
 
     def fresh() -> Lockstep:
-        return Lockstep(BASE, trials, 3, TOKENS, VALID)
+        return Lockstep.on_split(BASE, trials, 3, TOKENS, VALID)
 
     whole, begun, resumed = fresh(), fresh(), fresh()
     whole.run()

@@ -45,7 +45,7 @@ def train_study(
         "[full]\nlearning_rate = 0.001\n",
         encoding="utf-8",
     )
-    api.compare(data, out=folder / "run", model=str(base), methods=methods, recipe=recipe)
+    api.compare(data, out=folder / "run", model=str(base), methods=methods, recipe=recipe, references=[])
     return Trained(folder / "run", base, data)
 
 

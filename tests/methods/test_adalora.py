@@ -30,7 +30,7 @@ def the_stack(engine: Lockstep) -> AdaLoRAStack:
 
 @pytest.mark.parametrize("target", [0.5, 1.0, 2.5, 3.875])
 def test_the_ranks_left_sum_to_the_target(target: float) -> None:
-    engine = Lockstep(BASE, [trial("a", target_rank=target)], 3, TOKENS, None)
+    engine = Lockstep.on_split(BASE, [trial("a", target_rank=target)], 3, TOKENS, None)
     perturb_(engine.stacks[0], size=0.1)
     engine.run()
     ranks = the_stack(engine).ranks(0)
@@ -39,7 +39,7 @@ def test_the_ranks_left_sum_to_the_target(target: float) -> None:
 
 
 def test_trials_of_other_lengths_keep_their_own_schedule() -> None:
-    engine = Lockstep(BASE, [trial("short", 1), trial("long", 3)], 3, TOKENS, None)
+    engine = Lockstep.on_split(BASE, [trial("short", 1), trial("long", 3)], 3, TOKENS, None)
     perturb_(engine.stacks[0], size=0.1)
     stack = the_stack(engine)
     left = []
@@ -54,7 +54,7 @@ def test_trials_of_other_lengths_keep_their_own_schedule() -> None:
 
 
 def test_in_the_last_share_of_the_steps_the_ranks_stand_still() -> None:
-    engine = Lockstep(BASE, [trial("a", final=0.5, warmup=0.25)], 3, TOKENS, None)
+    engine = Lockstep.on_split(BASE, [trial("a", final=0.5, warmup=0.25)], 3, TOKENS, None)
     perturb_(engine.stacks[0], size=0.1)
     stack, masks = the_stack(engine), []
     for _ in range(24):
@@ -68,7 +68,7 @@ def test_in_the_last_share_of_the_steps_the_ranks_stand_still() -> None:
 
 def test_a_skipped_step_leaves_the_scores_as_they_were() -> None:
     """A gradient that overflowed says nothing of importance; once in the running means, its NaN would never leave and prune all."""
-    engine = Lockstep(BASE, [trial("a"), trial("b")], 3, TOKENS, None)
+    engine = Lockstep.on_split(BASE, [trial("a"), trial("b")], 3, TOKENS, None)
     perturb_(engine.stacks[0], size=0.1)
     stack = the_stack(engine)
     engine.tick()

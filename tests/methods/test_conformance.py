@@ -298,7 +298,7 @@ def push_(engine: Lockstep) -> None:
 
 
 def trained(base: Base, trials: list[Trial], **how: Any) -> Lockstep:
-    engine = Lockstep(base, trials, 3, TOKENS, VALID, **how)
+    engine = Lockstep.on_split(base, trials, 3, TOKENS, VALID, **how)
     push_(engine)
     engine.run()
     return engine
@@ -339,7 +339,7 @@ def test_lockstep_equals_alone_over_a_half_precision_base(dtype: torch.dtype, sh
     together = trained(base, everyone, token_budget=10_000)
     for state in together.states:
         apart = trained(base, [state.trial], token_budget=20)
-        begun = Lockstep(base, [state.trial], 3, TOKENS, VALID)
+        begun = Lockstep.on_split(base, [state.trial], 3, TOKENS, VALID)
         push_(begun)
         ours, theirs = together.stacks[state.stack].theta_NM[state.n], apart.stacks[0].theta_NM[0]
         moved = (theirs - begun.stacks[0].theta_NM[0]).square().mean().sqrt()
@@ -351,8 +351,10 @@ def test_adalora_over_a_half_precision_base_equals_alone_until_it_must_choose(dt
     """Up to its first pruning nothing can tip: there AdaLoRA is held to what the other methods are."""
     base = tiny_base(dtype=dtype)
     one = replace(trial("adalora", 0, epochs=2), method=settings("adalora", dropout=0.2, warmup=0.5))
-    together = Lockstep(base, [one, *(trial(name, 0, epochs=2) for name in ("lora", "ia3", "head"))], 3, TOKENS, None)
-    apart = Lockstep(base, [one], 3, TOKENS, None, token_budget=20)
+    together = Lockstep.on_split(
+        base, [one, *(trial(name, 0, epochs=2) for name in ("lora", "ia3", "head"))], 3, TOKENS, None
+    )
+    apart = Lockstep.on_split(base, [one], 3, TOKENS, None, token_budget=20)
     push_(together)
     push_(apart)
     begun = apart.stacks[0].theta_NM[0].clone()
@@ -383,7 +385,7 @@ def test_full_fine_tuning_learns_a_word() -> None:
     rows = [(*torch.randint(20, 300, (6,), generator=rng).tolist(), 3 + i % 2) for i in range(24)]
     tokens = replace(TOKENS, ids=tuple(rows), labels=tuple(i % 2 for i in range(24)))
     one = Trial("t", settings("full"), 0, Training(learning_rate=1e-3, epochs=5), tuple(range(24)))
-    engine = Lockstep(tiny_base(), [one], 2, tokens, tokens)
+    engine = Lockstep.on_split(tiny_base(), [one], 2, tokens, tokens)
     engine.run()
     losses = [epoch.train_loss for epoch in engine.states[0].epochs]
     assert losses[-1] < 0.3 * losses[0]

@@ -63,7 +63,7 @@ def started(architecture: str, method: Method, batch_size: int) -> tuple[Any, Lo
     training = Training(
         learning_rate=3e-3, epochs=STEPS * batch_size // 12, batch_size=batch_size, weight_decay=0.3, warmup=0.2
     )
-    engine = Lockstep(
+    engine = Lockstep.on_split(
         Base(copy.deepcopy(backbone)), [Trial("t", method, 0, training, tuple(range(12)))], 3, TOKENS, None
     )
     perturb_(engine.stacks[0], size=0.05)
@@ -202,7 +202,7 @@ def test_the_trainer_itself_gives_these_losses(weight_decay: float, tmp_path: Pa
     backbone, engine = started("llama", settings("lora"), 1)
     trial = engine.states[0].trial
     training = replace(trial.training, weight_decay=weight_decay, warmup=0.0)
-    engine = Lockstep(engine.base, [replace(trial, training=training)], 3, TOKENS, None)
+    engine = Lockstep.on_split(engine.base, [replace(trial, training=training)], 3, TOKENS, None)
     perturb_(engine.stacks[0], size=0.05)
     state = engine.states[0]
     model = peft_model(sequence_classifier(backbone, 3), engine.stacks[0], 0, trial.method, trial.total_steps)

@@ -88,10 +88,10 @@ def companions() -> list[Trial]:
 @pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
 def test_lockstep_equals_alone(cache: bool) -> None:
     valid = random_tokens(6, seed=9)
-    together = Lockstep(BASE, companions(), 3, TOKENS, valid, cache=cache)
+    together = Lockstep.on_split(BASE, companions(), 3, TOKENS, valid, cache=cache)
     together.run()
     for state in together.states:
-        alone = Lockstep(BASE, [state.trial], 3, TOKENS, valid, token_budget=20, cache=not cache)
+        alone = Lockstep.on_split(BASE, [state.trial], 3, TOKENS, valid, token_budget=20, cache=not cache)
         alone.run()
         ours, theirs = together.stacks[state.stack].theta_NM[state.n], alone.stacks[0].theta_NM[0]
         # Adam divides by the gradient's size: where a gradient is nearly zero its rounding decides the direction
@@ -104,8 +104,8 @@ def test_lockstep_equals_alone(cache: bool) -> None:
 
 def test_checkpointing_and_passes_change_nothing() -> None:
     trials = [trial(name, 0, batch_size=4) for name in STACKED]
-    plain = Lockstep(BASE, trials, 3, TOKENS, None)
-    saving = Lockstep(BASE, trials, 3, TOKENS, None, checkpointing=True, token_budget=15)
+    plain = Lockstep.on_split(BASE, trials, 3, TOKENS, None)
+    saving = Lockstep.on_split(BASE, trials, 3, TOKENS, None, checkpointing=True, token_budget=15)
     for engine in (plain, saving):
         engine.tick()
     for a, b in zip(plain.stacks, saving.stacks, strict=True):
@@ -115,7 +115,7 @@ def test_checkpointing_and_passes_change_nothing() -> None:
 def test_one_seed_same_bytes_and_another_seed_others() -> None:
     runs = []
     for seed in (0, 0, 1):
-        engine = Lockstep(BASE, [replace(trial(name, seed), name=name) for name in STACKED], 3, TOKENS, None)
+        engine = Lockstep.on_split(BASE, [replace(trial(name, seed), name=name) for name in STACKED], 3, TOKENS, None)
         engine.run()
         runs.append([stack.theta_NM.clone() for stack in engine.stacks])
     assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
@@ -200,7 +200,7 @@ def test_merged_weights_give_the_adapters_scores(name: str, architecture: str) -
 
 def test_adalora_prunes_to_its_target_by_itself() -> None:
     method = settings("adalora")
-    engine = Lockstep(
+    engine = Lockstep.on_split(
         BASE, [Trial("a", method, 0, Training(learning_rate=1e-2, epochs=3), tuple(range(12)))], 3, TOKENS, None
     )
     engine.run()
@@ -214,12 +214,12 @@ def test_adalora_prunes_to_its_target_by_itself() -> None:
 @pytest.mark.parametrize("token_budget", [10_000, 20])
 def test_a_diverging_trial_is_named_and_harms_nobody(token_budget: int) -> None:
     calm, wild = trial("lora", 0), replace(trial("lora", 1), name="wild", rows=tuple(range(12)))
-    both = Lockstep(BASE, [calm, wild], 3, TOKENS, None, token_budget=token_budget)
+    both = Lockstep.on_split(BASE, [calm, wild], 3, TOKENS, None, token_budget=token_budget)
     both.tick()
     with torch.no_grad():
         both.stacks[0].tensors[HEAD][1].fill_(3e38)  # its next scores overflow
     both.run()
-    alone = Lockstep(BASE, [calm], 3, TOKENS, None)
+    alone = Lockstep.on_split(BASE, [calm], 3, TOKENS, None)
     alone.run()
     assert [state.finished for state in both.states] == ["done", "diverged"]
     assert both.states[1].step == 1
@@ -229,7 +229,7 @@ def test_a_diverging_trial_is_named_and_harms_nobody(token_budget: int) -> None:
 def test_a_half_precision_overflow_is_a_diverged_trial() -> None:
     base = tiny_base(dtype=torch.float16)  # overflows beyond 65,504
     wild = Trial("wild", settings("lora"), 5, Training(learning_rate=1000, epochs=3), tuple(range(12)))
-    engine = Lockstep(base, [wild], 3, TOKENS, None)
+    engine = Lockstep.on_split(base, [wild], 3, TOKENS, None)
     engine.run()
     assert engine.states[0].finished == "diverged"
     assert engine.stacks[0].theta_NM.isfinite().all()
@@ -241,7 +241,7 @@ def test_every_method_learns_a_word(name: str) -> None:
     rows = [tuple(torch.randint(20, 300, (6,), generator=rng).tolist()) for _ in range(24)]
     ids = tuple((*row, 3 + i % 2) for i, row in enumerate(rows))
     tokens = Tokens(ids, tuple(i % 2 for i in range(24)))
-    engine = Lockstep(
+    engine = Lockstep.on_split(
         BASE,
         [Trial("t", settings(name), 0, Training(learning_rate=2e-2, epochs=6), tuple(range(24)))],
         2,

@@ -27,13 +27,11 @@ def run_of(name: str, trials: int, batch_size: int, *, checkpointing: bool = Fal
     rng = torch.Generator().manual_seed(3)
     lengths = torch.randint(3, 40, (6,), generator=rng).tolist()
     ids = tuple(tuple(torch.randint(3, 290, (n,), generator=rng).tolist()) for n in lengths)
-    tokens = Tokens(ids, tuple(i % 3 for i in range(6)))
+    pool, rows = Tokens(ids, tuple(i % 3 for i in range(6))), tuple(range(6))
     method = METHODS[name](**({"layers": 2} if name == "llama-adapter" else {}))
     training = Training(learning_rate=1e-3, epochs=2, batch_size=batch_size)
-    made = tuple(
-        Trial(f"{name}-{k}", method, k, training, tuple(range(6))) for k in range(1 if name == "full" else trials)
-    )
-    return Run(made, 3, tokens, tokens, 64, checkpointing)
+    made = tuple(Trial(f"{name}-{k}", method, k, training, rows, rows) for k in range(1 if name == "full" else trials))
+    return Run(made, 3, pool, (), 64, checkpointing)
 
 
 @pytest.mark.parametrize(("architecture", "checkpointing"), [("llama", False), ("gemma3", True)])
@@ -49,7 +47,7 @@ def test_live_bytes_are_the_real_runs_to_the_byte(
     base = Base(model)
     outside = {t.data_ptr(): t.nbytes for t in base.frozen_tensors()}
     with LiveBytes(base.frozen_tensors()) as meter:
-        Lockstep(base, run.trials, 3, run.train, run.valid, token_budget=64, checkpointing=checkpointing).run()
+        Lockstep(base, run.trials, 3, run.pool, token_budget=64, checkpointing=checkpointing).run()
     assert trace.live_peak_bytes == sum(outside.values()) + meter.peak
 
 

@@ -19,7 +19,9 @@ from filelock import FileLock
 
 from katei import api
 from katei.core.errors import BaseError, RecipeError, RunError, UserError
-from katei.study import run as study_run
+from katei.engine.lockstep import Lockstep
+from katei.study import training
+from katei.study.folder import load_study
 from tests.helpers.rows import EVERY_METHOD, data_folder
 from tests.helpers.tiny import tiny_base_folder
 from tests.helpers.trained import Trained
@@ -54,7 +56,7 @@ def test_the_layout_is_the_one_in_the_design(llama: Trained) -> None:
 
 
 def test_the_keys_of_the_results(llama: Trained) -> None:
-    study = study_run.load_study(llama.run).as_json()
+    study = load_study(llama.run).as_json()
     assert {"run", "trials", "seconds", "memory", "verdict"} <= set(study)
     assert set(study["seconds"]) == {"load", "train", "evaluate", "total"}
     assert set(study["memory"]) == {"planned_bytes", "peak_bytes"}
@@ -76,8 +78,8 @@ def test_the_keys_of_the_results(llama: Trained) -> None:
 
 def test_predictions_hold_every_scored_row_and_agree_with_the_results(llama: Trained) -> None:
     table = pq.read_table(llama.run / "predictions.parquet").to_pandas()
-    assert list(table.columns[:7]) == ["trial", "method", "seed", "split", "line", "label", "prediction"]
-    results = study_run.load_study(llama.run).results
+    assert list(table.columns[:10]) == "trial method seed repeat fold role split line label prediction".split()
+    results = load_study(llama.run).results
     for trial in results["trials"]:
         for split, rows, accuracy in (
             ("test", 8, trial["test"]["accuracy"]),
@@ -117,13 +119,13 @@ def test_save_load_predict_is_bitwise(llama: Trained, name: str, tmp_path: Path)
 def test_the_check_at_the_end_of_a_run_notices_a_lost_bit(
     llama: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = study_run.save_adapter
+    honest = training.save_adapter
 
     def careless(folder: Path, stack: Any, *rest: Any) -> None:
         honest(folder, stack, *rest)
         stack.tensors["score"].data += 1e-3  # what is in memory is not what was written
 
-    monkeypatch.setattr(study_run, "save_adapter", careless)
+    monkeypatch.setattr(training, "save_adapter", careless)
     with pytest.raises(AssertionError, match="scores rows differently"):
         api.train(llama.data, out=tmp_path / "run", model=str(llama.base), method="lora", epochs=1)
 
@@ -133,6 +135,7 @@ def test_the_check_at_the_end_of_a_run_notices_a_lost_bit(
 
 def small(base: Path, data: Path, out: Path, **more: Any) -> Any:
     given: dict[str, Any] = {"methods": ["lora", "adalora", "ia3"], "epochs": 1, "batch_size": 4, "seeds": [3]}
+    given["references"] = []  # they are test_references' and test_study's
     return api.compare(data, out=out, model=str(base), **(given | more))
 
 
@@ -148,6 +151,7 @@ def train_again(trained: Trained, out: Path, **more: Any) -> Path:
         model=str(trained.base),
         methods=EVERY_METHOD,
         recipe=trained.data.parent / "recipe.toml",
+        references=[],
         **more,
     )
     return out
@@ -173,7 +177,7 @@ def test_a_finished_run_is_returned_without_training(
 ) -> None:
     first = small(llama.base, llama.data, tmp_path / "run")
     before = result_bytes(tmp_path / "run")
-    monkeypatch.setattr(study_run, "Lockstep", None)
+    monkeypatch.setattr(training, "Lockstep", None)
     (tmp_path / "run" / "state-lora.safetensors").write_text("left by a kill after the results were written")
     again = small(llama.base, llama.data, tmp_path / "run")
     assert not (tmp_path / "run" / "state-lora.safetensors").exists()
@@ -258,10 +262,10 @@ def test_an_unfinished_run_says_so(llama: Trained, tmp_path: Path) -> None:
     small(llama.base, llama.data, tmp_path / "run", methods=["head"])
     (tmp_path / "run" / "results.json").unlink()
     with pytest.raises(RunError, match="has not finished"):
-        study_run.load_study(tmp_path / "run")
+        load_study(tmp_path / "run")
     (tmp_path / "run" / "results.json").write_text("{")
     with pytest.raises(RunError, match="cannot be read") as refused:
-        study_run.load_study(tmp_path / "run")
+        load_study(tmp_path / "run")
     assert refused.value.hint
 
 
@@ -277,7 +281,7 @@ def test_without_valid_and_test_rows_a_study_still_ends(llama: Trained, tmp_path
 def test_a_trial_that_diverges_is_named_and_the_others_end(
     llama: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = study_run.Lockstep.tick
+    honest = Lockstep.tick
 
     def tick(engine: Any) -> Any:
         ended = honest(engine)
@@ -286,7 +290,7 @@ def test_a_trial_that_diverges_is_named_and_the_others_end(
             engine.stacks[lora.stack].theta_NM[lora.n].fill_(float("nan"))
         return ended
 
-    monkeypatch.setattr(study_run.Lockstep, "tick", tick)
+    monkeypatch.setattr(Lockstep, "tick", tick)
     study = small(llama.base, llama.data, tmp_path / "run", methods=["lora", "head"], epochs=3)
     lora, head = study.results["trials"]
     assert (lora["finished"], head["finished"]) == ("diverged", "done")
@@ -302,6 +306,7 @@ def test_a_trial_that_diverges_is_named_and_the_others_end(
 
 RECIPE = """
 methods = ["lora", "adalora", "p-tuning", "llama-adapter", "full"]
+references = []
 [training]
 epochs = 4
 batch_size = 2
@@ -436,7 +441,7 @@ def test_a_state_that_is_no_state_is_an_error_and_overwrite_starts_again(
 def test_ctrl_c_saves_says_so_and_the_same_command_goes_on(llama: Trained, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "katei.cli", "compare", str(llama.data), "--model", str(llama.base), "--out"]
-    rest = ["--method", "lora,adalora,ia3", "--epochs", "20", "--save-seconds", "1000"]
+    rest = ["--method", "lora,adalora,ia3", "--epochs", "20", "--save-seconds", "1000", "--reference", "none"]
     started = subprocess.Popen(
         [*command, str(out), *rest],
         stdout=subprocess.PIPE,
@@ -455,6 +460,10 @@ def test_ctrl_c_saves_says_so_and_the_same_command_goes_on(llama: Trained, tmp_p
     assert "Traceback" not in said
     assert printed == ""
     assert (out / "state-lora.safetensors").exists()
+    partial = json.loads((out / "results-partial.json").read_text(encoding="utf-8"))
+    assert partial["partial"] is True
+    assert partial["comparison"] is None
+    assert [(t["finished"], len(t["epochs"]) >= 2, t["test"]) for t in partial["trials"]] == [(None, True, None)] * 3
     again = subprocess.run(
         [*command, str(out), *rest],
         capture_output=True,
@@ -465,6 +474,7 @@ def test_ctrl_c_saves_says_so_and_the_same_command_goes_on(llama: Trained, tmp_p
     assert again.returncode == 0, again.stderr
     assert "going on from step" in again.stderr
     assert "epoch 1/20" not in again.stderr
+    assert not (out / "results-partial.json").exists()
     small(llama.base, llama.data, tmp_path / "whole", epochs=20, seeds=None, batch_size=None)
     assert result_bytes(out) == result_bytes(tmp_path / "whole")
 

@@ -11,10 +11,15 @@ from scipy.stats import binomtest, rankdata
 Floats = NDArray[np.float64]
 
 
+def row_nats(probability_EC: Floats, labels: Sequence[int]) -> Floats:
+    """−log of the probability of each row's own label: (E,)."""
+    own_E: Floats = probability_EC[np.arange(len(labels)), np.asarray(labels)]
+    return -np.log(np.clip(own_E, 1e-300, None))
+
+
 def cross_entropy(probability_EC: Floats, labels: Sequence[int]) -> float:
     """Mean nats per row."""
-    own = probability_EC[np.arange(len(labels)), np.asarray(labels)]
-    return float(-np.log(np.clip(own, 1e-300, None)).mean())
+    return float(row_nats(probability_EC, labels).mean())
 
 
 def accuracy(probability_EC: Floats, labels: Sequence[int]) -> float:

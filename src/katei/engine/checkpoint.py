@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,6 +33,8 @@ def save_state(path: Path, lockstep: Lockstep, fingerprint: str) -> None:
         for key, value in (state.best or {}).items():
             tensors[f"{name}/best/{key}"] = value
         tensors[f"{name}/nats"] = state.nats.reshape(1)
+        if state.best_nats_E is not None:
+            tensors[f"{name}/best_nats"] = torch.from_numpy(state.best_nats_E)
         counters[name] = {
             "step": state.step,
             "epochs": [asdict(epoch) for epoch in state.epochs],
@@ -85,6 +88,8 @@ def load_state(path: Path, lockstep: Lockstep, fingerprint: str) -> None:
         state.optimizer.load_state_(below("adamw"))
         state.best = below("best") or None
         state.nats.copy_(tensors[f"{name}/nats"][0])
+        best_nats_E = tensors.get(f"{name}/best_nats")
+        state.best_nats_E = None if best_nats_E is None else best_nats_E.numpy()
         state.step = counters["step"]
         state.epochs = [Epoch(**epoch) for epoch in counters["epochs"]]
         state.finished = counters["finished"]

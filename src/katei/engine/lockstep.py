@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,9 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __add__(self, more: Tokens) -> Tokens:
+        return Tokens(self.ids + more.ids, self.labels + more.labels)
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -54,7 +57,9 @@ class Trial:
     seed: int
     training: Training
     rows: tuple[int, ...]
-    """Indices into the training rows (all of them, or a fold's)."""
+    """Indices into the pool: the rows it is trained on."""
+    valid: tuple[int, ...] = ()
+    """Indices into the pool: the rows it is validated on after each epoch."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -94,9 +99,11 @@ class TrialState:
     step: int = 0
     epochs: list[Epoch] = field(default_factory=list)
     finished: str | None = None
-    """Why it takes no more steps: "done", "early" or "diverged"."""
+    """Why it takes no more steps: "done", "early", "racing" or "diverged"."""
     best_epoch: int | None = None
     best: dict[str, Tensor] | None = None
+    best_nats_E: NDArray[np.float64] | None = None
+    """Loss of each validation row after the best epoch."""
     current_order: tuple[int, list[int]] = (-1, [])
 
     def batch(self) -> list[int]:
@@ -124,10 +131,12 @@ LOSS_SCALE = {torch.float16: 1024.0}
 
 Watch = Callable[["Lockstep", list[TrialState]], None]
 """Called after each tick with the trials that have just ended an epoch (often none)."""
+Referee = Callable[[Sequence[TrialState]], Iterable[TrialState]]
+"""Called with all trials after an epoch of some; names those that are to stop ("racing"). Must depend on nothing but them."""
 
 
 class Lockstep:
-    """Trains `trials` together over `base`.
+    """Trains `trials` together over `base`, on rows of one `pool`: whatever the folds, what the base makes of a row is computed once.
 
     Raises nothing of its own: a trial whose loss stops being finite is marked "diverged" and takes no more steps.
     """
@@ -137,15 +146,15 @@ class Lockstep:
         base: Base,
         trials: Sequence[Trial],
         classes: int,
-        train: Tokens,
-        valid: Tokens | None,
+        pool: Tokens,
         *,
         token_budget: int = 1024,
         checkpointing: bool = False,
         cache: bool = True,
+        referee: Referee | None = None,
     ):
-        self.base, self.train, self.valid, self.classes = base, train, valid, classes
-        self.token_budget, self.checkpointing = token_budget, checkpointing
+        self.base, self.pool, self.classes = base, pool, classes
+        self.token_budget, self.checkpointing, self.referee = token_budget, checkpointing, referee
         self.stacks: list[Stack] = []
         self.states: list[TrialState] = []
         self.trained_rows = 0
@@ -167,6 +176,16 @@ class Lockstep:
             s, n = placed[trial.name]
             nats = torch.zeros((), dtype=torch.float64, device=base.device)
             self.states.append(TrialState(trial, s, n, AdamW(self.stacks[s], n, trial.training), nats))
+
+    @classmethod
+    def on_split(
+        cls, base: Base, trials: Sequence[Trial], classes: int, train: Tokens, valid: Tokens | None, **how: Any
+    ) -> Lockstep:
+        """For rows that come as two tables: the trials' rows are `train`'s, and each is validated on all of `valid`."""
+        if valid is None:
+            return cls(base, trials, classes, train, **how)
+        rows = tuple(range(len(train), len(train) + len(valid)))
+        return cls(base, [replace(trial, valid=rows) for trial in trials], classes, train + valid, **how)
 
     # ---------------------------------------------------------------- training
 
@@ -208,7 +227,8 @@ class Lockstep:
     def fill_cache(self) -> None:
         """Compute what the rows bring to the layers where they join, once."""
         if not self.cache_filled:
-            self.cache.fill([*self.train.ids, *(self.valid.ids if self.valid else ())])
+            used = sorted({row for state in self.states for row in (*state.trial.rows, *state.trial.valid)})
+            self.cache.fill([self.pool.ids[row] for row in used])
             self.cache_filled = True
 
     def _gradients(self, active: list[TrialState], batches: list[list[int]]) -> None:
@@ -219,8 +239,8 @@ class Lockstep:
         for state, batch in zip(active, batches, strict=True):
             for place, row in enumerate(batch):
                 noise = _mix(state.trial.seed, "noise", state.step, place)
-                packed = PackedRow(state.stack, state.n, self.train.ids[row], noise)
-                work.append(_Work(packed, self.train.labels[row], 1.0 / len(batch), state))
+                packed = PackedRow(state.stack, state.n, self.pool.ids[row], noise)
+                work.append(_Work(packed, self.pool.labels[row], 1.0 / len(batch), state))
         scale = LOSS_SCALE.get(self.base.dtype, 1.0)
         losses = self._passes(work, scale)
         while diverged := self._diverged(losses):
@@ -292,53 +312,57 @@ class Lockstep:
         return nats_B.detach(), ordered
 
     def _end_epoch(self, ended: list[TrialState]) -> None:
-        probabilities: list[NDArray[np.float64]] = []
-        if self.valid is not None:
-            valid = self.valid
-            probabilities = self.probabilities([(state, valid) for state in ended])
-        for i, state in enumerate(ended):
-            training = state.trial.training
-            train_loss = float(state.nats) / len(state.trial.rows)
+        probabilities = self.probabilities([(state, state.trial.valid) for state in ended])
+        for state, probability_EC in zip(ended, probabilities, strict=True):
+            trial, training = state.trial, state.trial.training
+            train_loss = float(state.nats) / len(trial.rows)
             state.nats.zero_()
-            valid_loss = valid_auc = valid_accuracy = None
-            if self.valid is not None and np.isfinite(probabilities[i]).all():
-                valid_loss = metrics.cross_entropy(probabilities[i], self.valid.labels)
-                valid_auc = metrics.roc_auc(probabilities[i], self.valid.labels)
-                valid_accuracy = metrics.accuracy(probabilities[i], self.valid.labels)
+            nats_E = valid_loss = valid_auc = valid_accuracy = None
+            if trial.valid and np.isfinite(probability_EC).all():
+                labels = [self.pool.labels[row] for row in trial.valid]
+                nats_E = metrics.row_nats(probability_EC, labels)
+                valid_loss = float(nats_E.mean())
+                valid_auc = metrics.roc_auc(probability_EC, labels)
+                valid_accuracy = metrics.accuracy(probability_EC, labels)
             number = len(state.epochs) + 1
             state.epochs.append(Epoch(number, train_loss, valid_loss, valid_auc, valid_accuracy))
-            if not math.isfinite(train_loss) or (self.valid is not None and valid_loss is None):
+            if not math.isfinite(train_loss) or (trial.valid and valid_loss is None):
                 state.finished = "diverged"
                 continue
             if valid_loss is not None:
                 best_loss = math.inf if state.best_epoch is None else state.epochs[state.best_epoch - 1].valid_loss
                 assert best_loss is not None
                 if valid_loss < best_loss:
-                    state.best_epoch = number
+                    state.best_epoch, state.best_nats_E = number, nats_E
                     if training.keep == "best":
                         state.best = self.stacks[state.stack].snapshot(state.n)
             if number == training.epochs:
                 state.finished = "done"
             elif training.patience and state.best_epoch is not None and number - state.best_epoch >= training.patience:
                 state.finished = "early"
-            if state.finished and state.best is not None:
+        if self.referee is not None:
+            for state in self.referee(self.states):
+                assert state.finished is None, "only a running trial can be stopped"
+                state.finished = "racing"
+        for state in self.states:
+            if state.finished in ("done", "early", "racing") and state.best is not None:
                 self.stacks[state.stack].restore_(state.n, state.best)
+                state.best = None
 
     # ---------------------------------------------------------------- evaluation
 
-    def probabilities(self, jobs: Sequence[tuple[TrialState, Tokens]]) -> list[NDArray[np.float64]]:
-        """Class probabilities of each job's rows, (rows, C), in the job's order: trials side by side in shared passes."""
-        rows = [(state.stack, state.n, ids) for state, tokens in jobs for ids in tokens.ids]
+    def probabilities(self, jobs: Sequence[tuple[TrialState, Sequence[int]]]) -> list[NDArray[np.float64]]:
+        """Class probabilities of each job's rows of the pool, (rows, C), in its order: trials side by side in shared passes."""
+        rows = [(state.stack, state.n, self.pool.ids[row]) for state, wanted in jobs for row in wanted]
         self.fill_cache()  # first, also after a restart: what a row shares a pass with decides its last bits
-        for _, tokens in jobs:
-            self.cache.fill(tokens.ids)
+        self.cache.fill([ids for _, _, ids in rows])
         scores = score_rows(
             self.base, self.stacks, rows, token_budget=self.token_budget, entries=self.entries, cache=self.cache
         )
         out, start = [], 0
-        for _, tokens in jobs:
-            out.append(scores[start : start + len(tokens)])
-            start += len(tokens)
+        for _, wanted in jobs:
+            out.append(scores[start : start + len(wanted)])
+            start += len(wanted)
         return out
 
 

@@ -50,6 +50,10 @@ class AdaLoRA(Method):
     peft_type: ClassVar[str | None] = "ADALORA"
     learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = True
+    search: ClassVar[Mapping[str, tuple[float | str, ...]]] = {
+        "alpha": (4.0, 8.0, 16.0, 32.0),
+        "orthogonality": (0.1, 0.5),
+    }
 
     rank: int = 12
     """Rank of every site at the start (peft's init_r)."""

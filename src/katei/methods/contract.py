@@ -65,6 +65,8 @@ class Method(ABC):
     """Default learning rate, tuned on validation rows only (docs/methods.md)."""
     merges: ClassVar[bool]
     """The adapter can be folded into the base's weights."""
+    search: ClassVar[Mapping[str, tuple[float | str, ...]]] = {}
+    """What `--tune` tries beside the learning rate: values of each setting, in their order, any of which goes with any other."""
 
     @abstractmethod
     def build(self, base: Base, classes: int, seeds: Sequence[int], facts: Sequence[TrialFacts]) -> Stack:

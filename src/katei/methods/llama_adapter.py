@@ -37,6 +37,7 @@ class LLaMAAdapter(Method):
     peft_type: ClassVar[str | None] = "ADAPTION_PROMPT"
     learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = False
+    search: ClassVar[Mapping[str, tuple[float | str, ...]]] = {"length": (5, 10, 20)}
 
     layers: int = 8
     """How many of the top layers; the book's 8."""

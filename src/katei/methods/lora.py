@@ -45,6 +45,10 @@ class LoRA(Method):
     peft_type: ClassVar[str | None] = "LORA"
     learning_rate: ClassVar[float] = 3e-4
     merges: ClassVar[bool] = True
+    search: ClassVar[Mapping[str, tuple[float | str, ...]]] = {
+        "rank": (1, 2, 4, 8, 16),
+        "alpha": (4.0, 8.0, 16.0, 32.0),
+    }
 
     rank: int = 8
     alpha: float = 8.0

@@ -34,6 +34,7 @@ class PTuning(Method):
     peft_type: ClassVar[str | None] = "P_TUNING"
     learning_rate: ClassVar[float] = 3e-3
     merges: ClassVar[bool] = False
+    search: ClassVar[Mapping[str, tuple[float | str, ...]]] = {"virtual_tokens": (5, 10, 20)}
 
     virtual_tokens: int = 10
     encoder: Literal["mlp", "lstm"] = "mlp"

@@ -33,6 +33,10 @@ class PrefixTuning(Method):
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
     learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = False
+    search: ClassVar[Mapping[str, tuple[float | str, ...]]] = {
+        "virtual_tokens": (5, 10, 20),
+        "init": ("random", "zero"),
+    }
 
     virtual_tokens: int = 10
     init: Literal["random", "zero"] = "random"

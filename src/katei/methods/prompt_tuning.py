@@ -32,6 +32,10 @@ class PromptTuning(Method):
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
     learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = False
+    search: ClassVar[Mapping[str, tuple[float | str, ...]]] = {
+        "virtual_tokens": (5, 10, 20),
+        "init": ("random", "vocabulary"),
+    }
 
     virtual_tokens: int = 10
     init: Literal["random", "vocabulary", "text"] = "random"

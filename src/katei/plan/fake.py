@@ -73,33 +73,33 @@ def trace_study(
     base: Base,
     trials: Sequence[Trial],
     classes: int,
-    train: Tokens,
-    valid: Tokens | None,
-    test: Tokens | None = None,
+    pool: Tokens,
+    scored: Sequence[Sequence[int]] = (),
     *,
     token_budget: int,
     checkpointing: bool = False,
 ) -> Trace:
-    """Of the heaviest step and the heaviest evaluation pass of this study. Call inside `without_numbers`."""
+    """Of the heaviest step and the heaviest evaluation passes of this study: of its trials' `valid` rows, and of those that are scored
+    when all are trained, `scored[k]` by trial k. Call inside `without_numbers`.
+    """
     meter = Meter()
     meter.claim(base.frozen_tensors(), WEIGHTS)
     with meter:
-        engine = Lockstep(base, trials, classes, train, valid, token_budget=token_budget, checkpointing=checkpointing)
+        engine = Lockstep(base, trials, classes, pool, token_budget=token_budget, checkpointing=checkpointing)
         meter.claim([stack.theta_NM for stack in engine.stacks], ADAPTERS)
         meter.claim([stack.grad_NM for stack in engine.stacks], GRADIENTS)
         engine.fill_cache()
-        if valid is not None:
-            for state in engine.states:
-                if state.trial.training.keep == "best":
-                    state.best = engine.stacks[state.stack].snapshot(state.n)
+        for state in engine.states:
+            if state.trial.valid and state.trial.training.keep == "best":
+                state.best = engine.stacks[state.stack].snapshot(state.n)
         for step in heaviest_steps(engine):
             _go_to(engine, step)
             engine.step()
         trained = meter.peak
-        for tokens in (valid, test):
-            if tokens is not None:
-                engine.cache.fill(tokens.ids)
-                rows = [(row.stack, row.adapter, row.ids) for row in heaviest_pass(engine, tokens)]
+        for rows_of in ([trial.valid for trial in trials], scored):
+            engine.cache.fill([pool.ids[row] for row in sorted({row for rows in rows_of for row in rows})])
+            rows = [(row.stack, row.adapter, row.ids) for row in heaviest_pass(engine, rows_of)]
+            if rows:
                 score_rows(
                     base, engine.stacks, rows, token_budget=token_budget, entries=engine.entries, cache=engine.cache
                 )
@@ -113,14 +113,14 @@ def trace_study(
             trainable=stack.trainable,
             total=stack.total(base),
             checkpointing=checkpointing,
-            looked_up=_looked_up(engine, train, valid, test),
+            looked_up=_looked_up(engine),
         )
 
 
-def _looked_up(engine: Lockstep, *splits: Tokens | None) -> int:
+def _looked_up(engine: Lockstep) -> int:
     if any(isinstance(state.trial.method, Full) for state in engine.states):
         return engine.base.vocabulary  # it is copied whole
-    return len({token for tokens in splits if tokens is not None for ids in tokens.ids for token in ids})
+    return len({token for ids in engine.pool.ids for token in ids})
 
 
 def heaviest_steps(engine: Lockstep) -> list[int]:
@@ -131,7 +131,7 @@ def heaviest_steps(engine: Lockstep) -> list[int]:
     for step in range(0, steps, stride):
         _go_to(engine, step)
         rows = [
-            PackedRow(state.stack, state.n, engine.train.ids[row])
+            PackedRow(state.stack, state.n, engine.pool.ids[row])
             for state in engine.states
             if step < state.trial.total_steps
             for row in state.batch()
@@ -142,14 +142,18 @@ def heaviest_steps(engine: Lockstep) -> list[int]:
     return list(dict.fromkeys(found[one][0] for one in _heaviest(engine, {k: v[1] for k, v in found.items()})))
 
 
-def heaviest_pass(engine: Lockstep, tokens: Tokens) -> list[PackedRow]:
-    """The evaluation pass that holds most, of all trials side by side."""
-    rows = [PackedRow(state.stack, state.n, ids) for state in engine.states for ids in tokens.ids]
+def heaviest_pass(engine: Lockstep, rows_of: Sequence[Sequence[int]]) -> list[PackedRow]:
+    """The evaluation pass that holds most, of all trials side by side on their rows; empty without rows."""
+    rows = [
+        PackedRow(state.stack, state.n, engine.pool.ids[row])
+        for state, rows in zip(engine.states, rows_of, strict=False)
+        for row in rows
+    ]
     found = {}
     for one in passes(_lengths(engine, rows), engine.token_budget):
         inside = [rows[i] for i in one]
         found[tuple(_lengths(engine, inside))] = inside
-    return found[_heaviest(engine, found)[0]]
+    return found[_heaviest(engine, found)[0]] if found else []
 
 
 def _lengths(engine: Lockstep, rows: Sequence[PackedRow]) -> list[int]:

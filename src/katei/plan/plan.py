@@ -72,24 +72,27 @@ class Plan:
 
 @dataclass(frozen=True)
 class Run:
-    """What is asked: trials of one method (or several) on these rows."""
+    """What is asked: trials of one method (or several) on rows of `pool`."""
 
     trials: tuple[Trial, ...]
     classes: int
-    train: Tokens
-    valid: Tokens | None
+    pool: Tokens
+    scored: tuple[tuple[int, ...], ...] = ()
+    """Rows that each trial scores when all is trained."""
     token_budget: int = 1024
     checkpointing: bool = False
-    test: Tokens | None = None
-    """Scored when all is trained."""
+
+    @property
+    def longest(self) -> int:
+        return max(len(ids) for ids in self.pool.ids)
 
     def with_rows(self, rows: int, tokens: int, vocabulary: int) -> Run:
         """One trial of the first method with one batch of `rows` rows of `tokens` tokens, all in one pass."""
         first = self.trials[0]
         training = replace(first.training, batch_size=rows, accumulation=1, epochs=1)
-        trial = replace(first, training=training, rows=tuple(range(rows)))
-        train = synthetic(tokens, rows, vocabulary, self.classes)
-        return replace(self, trials=(trial,), train=train, valid=None, test=None, token_budget=10**9)
+        trial = replace(first, training=training, rows=tuple(range(rows)), valid=())
+        pool = synthetic(tokens, rows, vocabulary, self.classes)
+        return replace(self, trials=(trial,), pool=pool, scored=(), token_budget=10**9)
 
 
 @dataclass
@@ -141,7 +144,6 @@ class Planner:
     def plan(self, run: Run) -> Plan:
         trace = self.trace(run)
         need = self.need(trace)
-        longest = max(len(ids) for ids in run.train.ids)
         own = sum(trace.parts.get(part, 0) for part in LASTING)
         per_trial = max(1, own // len(run.trials))
         room = self.device.usable_bytes - need
@@ -157,7 +159,7 @@ class Planner:
             where=trace.where,
             fits=room >= 0,
             max_tokens=self.longest_text(run),
-            max_batch_size=self.most(run, lambda n: (n, longest)),
+            max_batch_size=self.most(run, lambda n: (n, run.longest)),
             max_trials=max(0, len(run.trials) + room // per_trial) if room >= 0 else 0,
             seconds_per_epoch=self.seconds(run),
         )
@@ -168,9 +170,9 @@ class Planner:
             return None
         base = self.base(self.depth)
         options = {"token_budget": run.token_budget, "checkpointing": run.checkpointing}
-        engine = Lockstep(base, run.trials, run.classes, run.train, run.valid, **options)  # type: ignore[arg-type]
+        engine = Lockstep(base, run.trials, run.classes, run.pool, **options)  # type: ignore[arg-type]
         engine.fill_cache()
-        return epoch_seconds(engine, run.valid, self.machine)
+        return epoch_seconds(engine, self.machine)
 
     def longest_text(self, run: Run) -> int:
         """Tokens of the longest text that fits, alone in its pass."""
@@ -249,9 +251,8 @@ def _trace(base: Base, run: Run) -> Trace:
         base,
         run.trials,
         run.classes,
-        run.train,
-        run.valid,
-        run.test,
+        run.pool,
+        run.scored,
         token_budget=run.token_budget,
         checkpointing=run.checkpointing,
     )

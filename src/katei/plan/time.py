@@ -149,7 +149,7 @@ def _overhead(budget: float, device: torch.device) -> float:
         model = AutoModel.from_config(LlamaConfig(**shape, num_hidden_layers=4, vocab_size=32))
     rows = Tokens(((1, 2, 3),), (0,))
     trial = Trial("overhead", LoRA(), 0, Training(learning_rate=1e-3, epochs=100_000), (0,))
-    engine = Lockstep(Base(model.to(device).eval().requires_grad_(False)), [trial], 2, rows, None)
+    engine = Lockstep(Base(model.to(device).eval().requires_grad_(False)), [trial], 2, rows)
     with Clock(Machine({1: math.inf}, math.inf, math.inf, 0.0)) as counted:
         engine.step()
     return float(_seconds(engine.step, budget, device) / counted.calls)
@@ -170,7 +170,7 @@ def _seconds(run: Callable[[], Any], budget: float, device: torch.device) -> flo
     return sorted(times)[len(times) // 4]
 
 
-def epoch_seconds(engine: Lockstep, valid: Tokens | None, machine: Machine) -> float:
+def epoch_seconds(engine: Lockstep, machine: Machine) -> float:
     """Of one epoch of every trial and the evaluation behind it. `engine` is over a base without numbers (`katei.plan.fake`).
 
     Three steps are run, of few, of middling and of many tokens; the others cost what lies between them.
@@ -187,8 +187,8 @@ def epoch_seconds(engine: Lockstep, valid: Tokens | None, machine: Machine) -> f
         seconds[count] = clock.seconds
     counts = sorted(seconds)
     total = sum(_between(n, counts, [seconds[count] for count in counts]) for n in tokens)
-    if valid is not None:
-        rows = [(state.stack, state.n, ids) for state in engine.states for ids in valid.ids]
+    rows = [(state.stack, state.n, engine.pool.ids[row]) for state in engine.states for row in state.trial.valid]
+    if rows:
         lengths = [len(ids) + engine.stacks[stack].virtual_tokens for stack, _, ids in rows]
         first = next(iter(passes(lengths, engine.token_budget)))
         with Clock(machine) as clock:
@@ -216,5 +216,5 @@ def _go_to(engine: Lockstep, step: int) -> int:
         state.step = min(step, state.trial.steps_per_epoch - 1)
         if step < state.trial.steps_per_epoch:
             more = engine.stacks[state.stack].virtual_tokens
-            total += sum(len(engine.train.ids[row]) + more for row in state.batch())
+            total += sum(len(engine.pool.ids[row]) + more for row in state.batch())
     return total

@@ -81,7 +81,7 @@ def temperature_of(folder: Path, note: AdapterNote) -> float:
         columns = ["label", *(f"probability_{label}" for label in note.labels)]
         try:
             rows = pq.read_table(
-                predictions, columns=columns, filters=[("trial", "==", note.name), ("split", "==", "valid")]
+                predictions, columns=columns, filters=[("trial", "==", note.name), ("role", "==", "valid")]
             )
             right = [note.labels.index(label) for label in rows["label"].to_pylist()]
             probability_EC = np.stack([rows[name].to_numpy() for name in columns[1:]], axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,10 @@ from katei.study.spread import Floats
 Labels = NDArray[np.intp]
 ALPHA = 0.05
 COMMONEST = "commonest class"
+
+MAJORITY, TFIDF, HEAD, ZERO_SHOT = "majority class", "tf-idf", "head", "zero-shot"
+REFERENCES = (MAJORITY, TFIDF, HEAD, ZERO_SHOT)
+"""Reference points, as they stand in results, tables and verdicts; see references.py."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,39 @@ class Comparison:
             "minimum_detectable_difference": self.detectable,
             "rows_for_equivalence": self.rows_for_equivalence,
         }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Comparison:
+        """What `as_json` wrote, and all that a verdict needs of it; `row_variance` alone is not kept."""
+        design, commonest = values["design"], values["commonest_class"]
+        return cls(
+            **{key: design[key] for key in ("kind", "rows", "seeds", "folds")},
+            methods=tuple(_scores_from(scores) for scores in values["methods"]),
+            differences=tuple(_difference_from(d) for d in values["differences"]),
+            commonest=None if commonest is None else (commonest["label"], commonest["accuracy"]),
+            against_commonest=() if commonest is None else tuple(_difference_from(d) for d in commonest["differences"]),
+            margin=values["margin"],
+            references=tuple(values["references"]),
+            detectable=values["minimum_detectable_difference"],
+            rows_for_equivalence=values["rows_for_equivalence"],
+        )
+
+
+def _scores_from(values: Mapping[str, Any]) -> Scores:
+    metrics = [key.removesuffix("_interval") for key in values if key.endswith("_interval")]
+    estimates = {m: Estimate(values[m], _pair(values[f"{m}_interval"])) for m in metrics}
+    return Scores(values["method"], values["rows"], estimates)
+
+
+def _difference_from(d: Mapping[str, Any]) -> Difference:
+    low, high = d["interval"]
+    more = Needed(d["rows_needed"], d["seeds_needed"])
+    names = d["metric"], d["first"], d["second"]
+    return Difference(*names, d["difference"], (low, high), d["p"], d["p_adjusted"], d["test"], float("nan"), more)
+
+
+def _pair(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if interval is None else (interval[0], interval[1])
 
 
 def _scores_json(scores: Scores) -> dict[str, Any]:

@@ -37,10 +37,12 @@ ROWS = 200
 
 @dataclass(frozen=True)
 class Rows:
-    """What is trained on and validated."""
+    """What is trained on, validated and tested on: places in `pool`."""
 
-    train: Tokens
-    valid: Tokens | None
+    pool: Tokens
+    train: tuple[int, ...]
+    valid: tuple[int, ...]
+    test: tuple[int, ...]
     classes: int
     said: str
     """Where they come from, for the reader."""
@@ -56,8 +58,9 @@ def shape_of(model: str, say: Callable[[str], None]) -> PreTrainedConfig:
 def rows_of(recipe: Recipe, config: PreTrainedConfig, tokens: int | None, classes: int) -> Rows:
     """The data's own rows, or rows of `tokens` tokens each."""
     if tokens is not None:
-        train = synthetic(tokens, ROWS, config.vocab_size, classes)
-        return Rows(train, synthetic(tokens, ROWS // 4, config.vocab_size, classes), classes, f"{tokens} tokens a row")
+        pool = synthetic(tokens, ROWS + ROWS // 4, config.vocab_size, classes)
+        every = tuple(range(len(pool)))
+        return Rows(pool, every[:ROWS], every[ROWS:], (), classes, f"{tokens} tokens a row")
     dataset = load_dataset(recipe.data, text=recipe.text, label=recipe.label)
     try:
         tokenizer = load_tokenizer(recipe.model)
@@ -66,18 +69,23 @@ def rows_of(recipe: Recipe, config: PreTrainedConfig, tokens: int | None, classe
             f"the data cannot be counted in tokens without the tokenizer of {recipe.model} ({error.message})",
             hint="--tokens N instead of the data: the longest text's number of tokens",
         ) from error
-    split = {
-        name: encode(tokenizer, split, recipe.max_length, config.vocab_size) for name, split in dataset.splits.items()
-    }
-    longest = max(len(ids) for ids in split["train"].ids)
-    said = f"{recipe.data}, {len(split['train'])} rows, {longest} tokens at most"
-    return Rows(split["train"], split.get("valid"), len(dataset.label_names), said)
+    pool, places = Tokens((), ()), {}
+    for name, split in dataset.splits.items():
+        places[name] = tuple(range(len(pool), len(pool) + len(split.texts)))
+        pool += encode(tokenizer, split, recipe.max_length, config.vocab_size)
+    longest = max(map(len, pool.ids))
+    said = f"{recipe.data}, {len(places['train'])} training rows, {longest} tokens at most"
+    valid, test = places.get("valid", ()), places.get("test", ())
+    return Rows(pool, places["train"], valid, test, len(dataset.label_names), said)
 
 
-def trials_of(recipe: Recipe, name: str, rows: int) -> tuple[Trial, ...]:
+def run_of(recipe: Recipe, name: str, rows: Rows) -> Run:
+    """Method `name` by itself, with all its seeds."""
     method, training = recipe.resolved(name)
     seeds = recipe.seeds[:1] if isinstance(method, Full) else recipe.seeds
-    return tuple(Trial(f"{name}-{seed}", method, seed, training, tuple(range(rows))) for seed in seeds)
+    trials = tuple(Trial(f"{name}-{seed}", method, seed, training, rows.train, rows.valid) for seed in seeds)
+    scored = (rows.test,) * len(trials)
+    return Run(trials, rows.classes, rows.pool, scored, recipe.token_budget, recipe.checkpointing)
 
 
 def in_processes(work: Callable[[Sequence[A]], list[B]], items: Sequence[A]) -> list[B]:
@@ -146,9 +154,7 @@ def plan_methods(
         for precision, inside in groupby(some, key=lambda pair: pair[0]):
             with Planner(config, precision, where, resident, machines[precision]) as planner:
                 for _, name in inside:
-                    trials = trials_of(recipe, name, len(rows.train))
-                    run = Run(trials, rows.classes, rows.train, rows.valid, recipe.token_budget, recipe.checkpointing)
-                    plans.append(planner.plan(run))
+                    plans.append(planner.plan(run_of(recipe, name, rows)))
         return plans
 
     plans = in_processes(plan_some, asked)

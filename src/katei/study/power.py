@@ -30,6 +30,8 @@ class Design:
 
     rows: int
     seeds: int = 1
+    """Or repeats, where there are `folds`."""
+    folds: int = 0
     accuracy: float = 0.9
     discordance: float | None = None
     seed_deviation: float = 0.0
@@ -71,6 +73,8 @@ def mcnemar_power(difference: float, discordance: float, rows: int, alpha: float
 
 def minimum_detectable_difference(design: Design) -> float | None:
     """In accuracy, two methods on the same rows; None where not even a difference of 1 would be seen."""
+    if design.folds:
+        return _in_folds(design)
     if design.seeds == 1:
         return _smallest(lambda d: mcnemar_power(d, design.discordant, design.rows, design.alpha) >= POWER)
     S, E = design.seeds, design.rows
@@ -87,6 +91,23 @@ def minimum_detectable_difference(design: Design) -> float | None:
         of_test = min(discordant / of_a_row, 2.0)  # it measures noise where the methods are equal
         beyond = of_power[0] ** 2 * rows + of_power[1] ** 2 * seeds
         return bool(d >= (measured * of_test) ** 0.5 + beyond**0.5)
+
+    return _smallest(seen)
+
+
+def _in_folds(design: Design) -> float | None:
+    """By the corrected resampled t test, were all noise that of the rows: noise of training comes on top, and is less over repeats."""
+    k, repeats, E = design.folds, design.seeds, design.rows
+    inflation = max(
+        1 / repeats + k / (k - 1), 1.0
+    )  # of E independent rows' variance, as `spread.over_folds` measures it
+    t = float(t_quantile(1 - design.alpha, k * repeats - 1))
+
+    def seen(d: float) -> bool:
+        discordant = max(design.discordant, d * 1.001)
+        of_a_row = discordant - d * d
+        of_test = min(discordant / of_a_row, 2.0)
+        return bool(d >= (t**2 * inflation * of_test * of_a_row / E) ** 0.5 + Z_POWER * (of_a_row / E) ** 0.5)
 
     return _smallest(seen)
 

@@ -21,7 +21,10 @@ from katei.core.settings import build
 from katei.engine.optimizer import Training
 from katei.methods import BOOK, METHODS, build_method, method_class
 from katei.methods.contract import Method
+from katei.study.comparison import HEAD, REFERENCES
 
+TUNING_PATIENCE = 3
+"""Epochs without a better validation loss after which a tuned trial stops, where the recipe does not say."""
 TRAINING_KEYS = tuple(f.name for f in fields(Training))
 
 
@@ -43,6 +46,20 @@ class Recipe:
     """Tokens in one pass: bounds memory, never changes a result. Less where that many would not fit."""
     checkpointing: bool = False
     """Compute each layer again in the backward pass instead of keeping what it needs: less memory, more time."""
+    folds: int = 0
+    """Parts of the train and valid rows, each the test rows once; 0 keeps the split the data have."""
+    repeats: int = 1
+    """How often the rows are divided into folds anew."""
+    tune: int = 0
+    """Settings tried per method, its own first; 0 tries none but that."""
+    racing: bool = True
+    """Stop a setting that can no longer win (with `tune`)."""
+    learning_curve: bool = False
+    """Train on 1/8, 1/4 and 1/2 of the training rows too."""
+    references: tuple[str, ...] = REFERENCES
+    """Reference points: what a method must beat to be worth its training."""
+    margin: float = 0.05
+    """A difference in accuracy that does not matter."""
     training: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -58,10 +75,36 @@ class Recipe:
             raise RecipeError(
                 f"seeds is {list(self.seeds)}, but it lists whole numbers of 0 or more", hint="seeds = [0, 1, 2]"
             )
+        if self.folds < 0 or self.folds == 1:
+            raise RecipeError(f"folds is {self.folds}, but it counts parts, 2 or more", hint="--folds 5")
+        if self.repeats < 1 or (self.repeats > 1 and not self.folds):
+            raise RecipeError(
+                f"repeats is {self.repeats}, and there are no folds to repeat"
+                if self.repeats > 1
+                else f"repeats is {self.repeats}",
+                hint="--folds 5 --repeats 2; on the split as it is, --seeds 2",
+            )
+        if self.folds and len(self.seeds) > 1:
+            raise RecipeError(
+                f"folds and {len(self.seeds)} seeds: every repeat of the folds has a seed of its own already",
+                hint=f"--folds {self.folds} --repeats {len(self.seeds)}",
+            )
+        if not 0 <= self.tune <= 1024 or self.tune == 1:
+            raise RecipeError(f"tune is {self.tune}, but it counts settings, 2 or more", hint="--tune 8")
+        if not 0 < self.margin < 1:
+            raise RecipeError(f"margin is {self.margin}, but it is a difference in accuracy", hint="--margin 0.05")
+        for name in self.references:
+            if name not in REFERENCES:
+                raise RecipeError(f"no reference point '{name}'", hint=f"{nearest(name, REFERENCES)}, or none")
         if self.max_length < 1:
             raise RecipeError(f"max_length is {self.max_length}, but it counts tokens", hint="max_length = 200")
         if self.token_budget < 1:
             raise RecipeError(f"token_budget is {self.token_budget}, but it counts tokens", hint="token_budget = 1024")
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The methods, and the head where it is a reference point only."""
+        return self.methods if HEAD in self.methods or HEAD not in self.references else (*self.methods, HEAD)
 
     def resolved(self, name: str) -> tuple[Method, Training]:
         """Method `name` and its training with every default filled in."""
@@ -73,8 +116,17 @@ class Recipe:
             raise RecipeError(f"[{name}]: unknown key '{unknown[0]}'", hint=nearest(unknown[0], known))
         method = build_method(name, own, where=f"[{name}]")
         differing = {key: value for key, value in given.items() if key in TRAINING_KEYS}
-        merged = {"learning_rate": method.learning_rate} | self.training | differing
+        defaults: dict[str, Any] = {"learning_rate": method.learning_rate}
+        if self.folds or self.tune:  # validation rows are there to choose by
+            defaults["keep"] = "best"
+        if self.tune:
+            defaults["patience"] = TUNING_PATIENCE
+        merged = defaults | self.training | differing
         training = build(Training, merged, where=f"[{name}]" if differing else "[training]")
+        if self.tune and training.keep != "best":
+            raise RecipeError(
+                f"[{name}]: keep = '{training.keep}', but tuning chooses the epoch too", hint='keep = "best"'
+            )
         return method, training
 
     def check(self) -> None:
@@ -91,9 +143,9 @@ class Recipe:
             for key, value in asdict(self).items()
             if key not in ("training", "settings") and value is not None
         }
-        top |= {"methods": list(self.methods), "seeds": list(self.seeds)}
+        top |= {"methods": list(self.methods), "seeds": list(self.seeds), "references": list(self.references)}
         tables = {}
-        for name in self.methods:
+        for name in self.trained:
             method, training = self.resolved(name)
             values = {**method.settings(), **asdict(training)}
             tables[name] = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}

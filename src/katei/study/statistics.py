@@ -166,7 +166,10 @@ def _interval(metric: str, measured: _Measured, outcome: Outcome, rows: Rows, le
 def compare_outcomes(
     outcomes: Sequence[Outcome], rows: Rows, *, margin: float = 0.05, references: Sequence[str] = (), seed: int = 0
 ) -> Comparison:
-    """Every score, and every pair of methods on the same rows (and seeds, and folds)."""
+    """Every score, and every pair of methods on the same rows (and seeds, and folds).
+
+    Methods among themselves are one family of tests, methods against `references` another; two references are not compared.
+    """
     _check(margin, references, [o.method for o in outcomes])
     E = len(rows.labels_E)
     S = len(outcomes[0].prediction_SE)
@@ -191,21 +194,26 @@ def compare_outcomes(
     ranked = _ranked(scored)
     by_name = {o.method: o for o in outcomes}
     order = [by_name[s.method] for s in ranked]
-    alpha = ALPHA / max(len(order) * (len(order) - 1) // 2, 1)
+    pairs_of = [
+        [(a, b) for a, b in combinations(order, 2) if (a.method in references) + (b.method in references) == family]
+        for family in (0, 1)
+    ]
+    alpha = ALPHA / max(len(pairs_of[0]), 1)
     found_differences: list[Difference] = []
     for metric in (m for m in COMPARED if m in names):
-        pairs = [
-            _difference(metric, a, b, measured[metric], rows, alpha)
-            for a, b in combinations(order, 2)
-            if measured[metric][a.method] is not None
-        ]
-        found_differences += _with_holm(pairs)
+        for family in pairs_of:
+            pairs = [
+                _difference(metric, a, b, measured[metric], rows, ALPHA / len(family))
+                for a, b in family
+                if measured[metric][a.method] is not None
+            ]
+            found_differences += _with_holm(pairs)
     commonest = int(np.bincount(rows.labels_E).argmax())
     constant = Outcome(COMMONEST, np.full((S, E), commonest))
     constant_measured = {**measured["accuracy"], COMMONEST: _measure("accuracy", constant, rows)}
     against = [_difference("accuracy", o, constant, constant_measured, rows, ALPHA / len(order)) for o in order]
     kind = "folds" if rows.fold_SE is not None else "rows" if S == 1 else "seeds"
-    accuracies = found_differences[: len(order) * (len(order) - 1) // 2]
+    accuracies = found_differences[: len(pairs_of[0])]
     discordance = float(np.median([d.row_variance for d in accuracies])) if accuracies else None
     detectable = None
     if kind == "rows" and discordance is not None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from katei.core.errors import RecipeError, nearest
-from katei.study.comparison import COMMONEST, Comparison, Difference
+from katei.study.comparison import COMMONEST, MAJORITY, Comparison, Difference
 
 LANGUAGES = ("en", "ja")
 Words: TypeAlias = "type[_English] | type[_Japanese]"
@@ -37,13 +37,18 @@ def note(comparison: Comparison, lang: str = "en") -> str | None:
 
 
 def _ranking(c: Comparison, words: Words) -> list[str]:
-    best, *others = [s.method for s in c.methods]
-    pairs = c.of("accuracy")
+    scores = [s for s in c.methods if s.method not in c.references]
+    if not scores:
+        return []
+    best, *others = [s.method for s in scores]
+    pairs = _pairs(c)
     if not others:
-        return [words.alone(best, c.methods[0].accuracy, c.methods[0].estimates["accuracy"].interval, c.rows)]
+        return [
+            words.alone(best, scores[0].accuracy, scores[0].estimates["accuracy"].interval, c.rows, bool(c.references))
+        ]
     real = [d for d in pairs if d.different]
     if not real:
-        return [words.none(len(c.methods), min(pairs, key=lambda d: (d.p, -abs(d.value))), c.rows)]
+        return [words.none(len(scores), min(pairs, key=lambda d: (d.p, -abs(d.value))), c.rows)]
     beaten = [d for d in real if d.first == best]
     level = [m for m in others if m not in [d.second for d in beaten]]
     said = [words.better(best, beaten, level)] if beaten else []
@@ -58,14 +63,19 @@ def _ranking(c: Comparison, words: Words) -> list[str]:
     return said
 
 
+def _pairs(c: Comparison) -> list[Difference]:
+    """Of methods, none of them a reference point."""
+    return [d for d in c.of("accuracy") if not {d.first, d.second} & set(c.references)]
+
+
 def _equalities(c: Comparison, words: Words) -> list[str]:
-    same = [d for d in c.of("accuracy") if d.equivalent(c.margin)]
+    same = [d for d in _pairs(c) if d.equivalent(c.margin)]
     return [words.equal(same, c.margin)] if same else []
 
 
 def _cost(c: Comparison, words: Words) -> list[str]:
     """Of the best two that are not told apart."""
-    pair = next((d for d in c.of("accuracy") if not d.different and not d.equivalent(c.margin)), None)
+    pair = next((d for d in _pairs(c) if not d.different and not d.equivalent(c.margin)), None)
     if pair is None:
         return []
     if abs(pair.value) < 1e-9:
@@ -78,13 +88,15 @@ def _references(c: Comparison, words: Words) -> list[str]:
     if not tuned:
         return []
     names = {name: {d.first for d in c.of("accuracy") if d.different and d.second == name} for name in c.references}
-    if c.commonest is not None:
+    if c.commonest is not None and MAJORITY not in c.references:  # else it is there, fitted to the training rows
         beaten = {d.first for d in c.against_commonest if d.different and d.value > 0 and d.second == COMMONEST}
         names[words.commonest(*c.commonest)] = beaten
     by_missing: dict[tuple[str, ...], list[str]] = {}
     for name, beaten in names.items():
         by_missing.setdefault(tuple(m for m in tuned if m not in beaten), []).append(name)
-    return [words.reference(names, missing, len(tuned)) for missing, names in by_missing.items()]
+    said = [words.reference(names, missing, len(tuned)) for missing, names in by_missing.items()]
+    worse = {n: [d.second for d in c.of("accuracy") if d.different and d.first == n] for n in c.references}
+    return said + [words.reference_better(name, methods) for name, methods in worse.items() if methods]
 
 
 class _English:
@@ -112,8 +124,9 @@ class _English:
         return f"adjusted p {'< 0.001' if d.p_adjusted < 0.001 else f'= {d.p_adjusted:.3f}'}"
 
     @classmethod
-    def alone(cls, name: str, accuracy: float, interval: tuple[float, float] | None, rows: int) -> str:
-        return f"{name}: accuracy {accuracy:.3f}{cls._between(interval)} on {_rows(rows)}; there is nothing to compare it with."
+    def alone(cls, name: str, accuracy: float, interval: tuple[float, float] | None, rows: int, referred: bool) -> str:
+        more = "" if referred else "; there is nothing to compare it with"
+        return f"{name}: accuracy {accuracy:.3f}{cls._between(interval)} on {_rows(rows)}{more}."
 
     @staticmethod
     def _between(interval: tuple[float, float] | None) -> str:
@@ -192,6 +205,10 @@ class _English:
             return f"{'It is not shown to beat' if tuned == 1 else 'None of them is shown to beat'} {either}."
         return f"Not shown to beat {either}: {cls.names(missing)}."
 
+    @classmethod
+    def reference_better(cls, name: str, methods: Sequence[str]) -> str:
+        return f"{name} is better than {cls.names(methods)}."
+
 
 class _Japanese:
     unpaired = (
@@ -218,9 +235,10 @@ class _Japanese:
         return f"調整済み p {'< 0.001' if d.p_adjusted < 0.001 else f'= {d.p_adjusted:.3f}'}"
 
     @classmethod
-    def alone(cls, name: str, accuracy: float, interval: tuple[float, float] | None, rows: int) -> str:
+    def alone(cls, name: str, accuracy: float, interval: tuple[float, float] | None, rows: int, referred: bool) -> str:
         between = "" if interval is None else f"（95 % 区間 {interval[0]:.3f} ～ {interval[1]:.3f}）"
-        return f"{name} の正解率は {rows:,} 行で {accuracy:.3f}{between}です。比べる相手がありません。"
+        said = f"{name} の正解率は {rows:,} 行で {accuracy:.3f}{between}です。"
+        return said if referred else f"{said}比べる相手がありません。"
 
     @classmethod
     def none(cls, methods: int, d: Difference, rows: int) -> str:
@@ -294,6 +312,10 @@ class _Japanese:
         if len(missing) == tuned:
             return f"{'' if tuned == 1 else 'どの手法も、'}{them}を上回るとは言えません。"
         return f"{them}を上回ると言えないのは {cls.names(missing)} です。"
+
+    @classmethod
+    def reference_better(cls, name: str, methods: Sequence[str]) -> str:
+        return f"{name} は {cls.names(methods)} より良いと言えます。"
 
 
 def _rows(rows: int) -> str:
