@@ -229,16 +229,23 @@ def _check_finite(folder: Path, dtype: torch.dtype, precision: str) -> None:
     """
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                weight = tensors.get_tensor(name).to(dtype)
-                if not bool(torch.isfinite(weight.sum(dtype=torch.float32))):
-                    raise BaseError(
-                        f"{name} holds numbers that are infinite or not numbers in {precision}",
-                        file=folder,
-                        hint="try --precision bf16 or fp32"
-                        if precision == "fp16"
-                        else "the file is damaged; download the base again",
-                    )
+            names = list(tensors.keys())
+        for name in names:
+            with safe_open(file, framework="pt") as tensors:  # anew each time: what was read leaves the process with the mapping
+                weight = tensors.get_tensor(name).flatten()
+            finite = (torch.isfinite(part.to(dtype).sum(dtype=torch.float32)) for part in weight.split(_LOOKED_AT))
+            if not all(map(bool, finite)):
+                raise BaseError(
+                    f"{name} holds numbers that are infinite or not numbers in {precision}",
+                    file=folder,
+                    hint="try --precision bf16 or fp32"
+                    if precision == "fp16"
+                    else "the file is damaged; download the base again",
+                )
+
+
+_LOOKED_AT = 1 << 20
+"""Numbers at a time."""
 
 
 def _cannot(do: str, folder: Path, error: Exception) -> BaseError:

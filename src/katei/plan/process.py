@@ -1,6 +1,6 @@
 """What a process on the CPU holds at its peak: the resident memory that a task manager shows.
 
-    while loading   what was there before + the weights' file, mapped + the weights, where their type is another one
+    while loading   what was there before + the largest weight; where their type is another one: + the file, mapped, + the weights
     while running   what was there before + all live tensors - the embedding's rows no text has (a mapped file's page is read when it
                     is looked at) + SCRATCH_BYTES + HOLES of the short-lived ones
 
@@ -52,7 +52,7 @@ def weights_file(config: PreTrainedConfig, dtype: torch.dtype) -> WeightsFile:
 
 def process_bytes(resident: int, file: WeightsFile, weights: int, lasting: int, live_peak: int, *, holes: float) -> int:
     """`lasting` are the live bytes beside the weights that stay from step to step: adapters, gradients, moments."""
-    loading = file.size + (weights if file.converts else 0)
+    loading = file.size + weights if file.converts else file.embedding
     running = live_peak + int(holes * (live_peak - weights - lasting)) + SCRATCH_BYTES
     return resident + max(loading, running)
 
