@@ -134,6 +134,8 @@ def plan(
     from katei.study.planning import plan_methods
     from katei.study.recipe import load_recipe
 
+    if data is not None and tokens is not None:
+        raise RecipeError("both data and tokens are given", hint="--tokens N instead of the data, or the data alone")
     if data is None and tokens is None and recipe is None:
         tokens = 200
     overrides = {

@@ -268,23 +268,27 @@ STRIPES = {
 def print_plans(result: dict[str, Any]) -> None:
     """A stacked bar per plan against the device's limit, and how much more would fit."""
     console = _console()
-    usable = result["usable_bytes"]
+    plans, usable = result["plans"], result["usable_bytes"]
     size = f"{usable / 2**30:.2f} GiB usable of {result['capacity_bytes'] / 2**30:.2f}"
-    console.print(Text(f"{result['model']} on {result['device']}: {size}; {result['rows']}"))
-    widest = max([usable, *(plan["device_bytes"] for plan in result["plans"])])
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("method", "", "needs", "", "text ≤", "batch ≤", "trials ≤", "trained"):
+    precisions = list(dict.fromkeys(plan["precision"] for plan in plans))
+    what = f"{result['model']} in {', '.join(precisions)} on {result['device']}, {size}; {result['rows']}"
+    console.print(Text(what))
+    widest = max([usable, *(plan["device_bytes"] for plan in plans)])
+    timed = any(plan["seconds_per_epoch"] is not None for plan in plans)
+    names = [plan["method"] + (f", {plan['precision']}" if len(precisions) > 1 else "") for plan in plans]
+    cells = max(8, min(BAR, console.width - max(map(len, names)) - 50 - (9 if timed else 0)))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("method", "", "GiB", "", "tokens", "rows", "trials", *(["epoch"] if timed else [])):
         table.add_column(name, justify="left" if name in ("method", "") else "right", no_wrap=True)
-    for plan in result["plans"]:
+    for name, plan in zip(names, plans, strict=True):
+        most = [f"{plan[key]:,}" if plan[key] else "–" for key in ("max_tokens", "max_batch_size", "max_trials")]
         table.add_row(
-            f"{plan['method']}, {plan['precision']}",
-            _bar(plan, usable, widest),
-            f"{plan['device_bytes'] / 2**30:.2f} GiB",
+            name,
+            _bar(plan, usable, widest, cells),
+            f"{plan['device_bytes'] / 2**30:.2f}",
             Text("fits", style="green") if plan["fits"] else Text("too much", style="red"),
-            f"{plan['max_tokens']:,} tokens" if plan["max_tokens"] else "–",
-            f"{plan['max_batch_size']:,}" if plan["max_batch_size"] else "–",
-            f"{plan['max_trials']:,}" if plan["max_trials"] else "–",
-            f"{plan['trainable']:,}",
+            *most,
+            *([duration(plan["seconds_per_epoch"])] if timed and plan["seconds_per_epoch"] is not None else []),
         )
     console.print(table)
     legend = Text()
@@ -293,27 +297,27 @@ def print_plans(result: dict[str, Any]) -> None:
         legend.append(f"{name}   ", style="dim")
     legend.append("│ the device's limit", style="dim")
     console.print(legend)
+    said = ["tokens, rows, trials: the most that fit of the longest text, of rows in a pass, of trials in lockstep"]
+    if timed:
+        said.append("epoch: seconds on this machine, all trials of the method and their evaluation")
+    for line in [*said, *result["notes"]]:
+        console.print(Text(line, style="dim"))
 
 
-def _bar(plan: dict[str, Any], usable: int, widest: int) -> Text:
+def _bar(plan: dict[str, Any], usable: int, widest: int, cells: int) -> Text:
     bar, drawn, total = Text(), 0, 0.0
     left = dict(plan["parts"])
     for mark, colour, owners in STRIPES.values():
         mine = sum(left.pop(owner, 0) for owner in owners)
         if not owners:  # what is left, and what the device adds
-            mine = sum(left.values()) + plan["device_bytes"] - plan["live_peak_bytes"]
+            mine = sum(left.values()) + max(0, plan["device_bytes"] - plan["live_peak_bytes"])
         total += mine
-        stop = round(BAR * total / widest)
+        stop = round(cells * total / widest)
         bar.append(mark * max(0, stop - drawn), style=colour)
         drawn = max(drawn, stop)
-    limit = round(BAR * usable / widest)
-    cells = list(bar.plain.ljust(BAR + 1))
-    styled = Text("".join(cells))
-    for span in bar.spans:
-        styled.stylize(span.style, span.start, span.end)
-    if limit < len(cells):
-        styled = styled[:limit] + Text("│", style="red") + styled[limit + 1 :]
-    return styled
+    bar.append(" " * (cells + 1 - len(bar)))
+    limit = min(cells, round(cells * usable / widest))
+    return bar[:limit] + Text("│", style="red") + bar[limit + 1 :]
 
 
 def print_scores(scores: dict[str, Any]) -> None:

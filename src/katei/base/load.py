@@ -231,7 +231,9 @@ def _check_finite(folder: Path, dtype: torch.dtype, precision: str) -> None:
         with safe_open(file, framework="pt") as tensors:
             names = list(tensors.keys())
         for name in names:
-            with safe_open(file, framework="pt") as tensors:  # anew each time: what was read leaves the process with the mapping
+            with safe_open(
+                file, framework="pt"
+            ) as tensors:  # anew each time: what was read leaves the process with the mapping
                 weight = tensors.get_tensor(name).flatten()
             finite = (torch.isfinite(part.to(dtype).sum(dtype=torch.float32)) for part in weight.split(_LOOKED_AT))
             if not all(map(bool, finite)):

@@ -13,8 +13,10 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig
 
 from katei.base import ops
@@ -24,7 +26,7 @@ from katei.base.quiet import quiet
 from katei.base.stream import PackedRow, passes
 from katei.engine.lockstep import Lockstep, Tokens, Trial, score_rows
 from katei.methods.full import Full
-from katei.plan.meter import ADAPTERS, GRADIENTS, WEIGHTS, Meter
+from katei.plan.meter import ADAPTERS, DEQUANTISED, GRADIENTS, WEIGHTS, Meter
 
 MOST_STEPS = 100_000
 """Of all trials together that are looked at for the heaviest; of a longer study an even choice."""
@@ -78,12 +80,18 @@ def trace_study(
     *,
     token_budget: int,
     checkpointing: bool = False,
+    nf4: bool = False,
 ) -> Trace:
     """Of the heaviest step and the heaviest evaluation passes of this study: of its trials' `valid` rows, and of those that are scored
     when all are trained, `scored[k]` by trial k. Call inside `without_numbers`.
+
+    With `nf4` the base's matrices are counted as bitsandbytes stores them, and beside them the largest one in the type it is multiplied
+    in: forward and backward dequantise one at a time. (The engine does not run on such a base yet.)
     """
     meter = Meter()
-    meter.claim(base.frozen_tensors(), WEIGHTS)
+    meter.claim(base.frozen_tensors(), WEIGHTS, partial(nf4_bytes, _matrices(base)) if nf4 else None)
+    dequantised = [torch.empty_like(max(_matrices(base), key=Tensor.numel))] if nf4 else []
+    meter.claim(dequantised, DEQUANTISED)
     with meter:
         engine = Lockstep(base, trials, classes, pool, token_budget=token_budget, checkpointing=checkpointing)
         meter.claim([stack.theta_NM for stack in engine.stacks], ADAPTERS)
@@ -115,6 +123,21 @@ def trace_study(
             checkpointing=checkpointing,
             looked_up=_looked_up(engine),
         )
+
+
+def nf4_bytes(matrices: Sequence[Tensor], weight: Tensor) -> int:
+    """Half a byte a number and a float32 scale for each block of 64 (bitsandbytes' defaults: no double quantisation); what is no
+    matrix of a layer stays as it is.
+    """
+    if any(weight is matrix for matrix in matrices):
+        return -(-weight.numel() // 2) + 4 * -(-weight.numel() // 64)
+    return weight.nbytes
+
+
+def _matrices(base: Base) -> list[Tensor]:
+    """What bitsandbytes quantises: the layers' linear weights, not the embedding."""
+    embedding = base.model.get_input_embeddings().weight
+    return [weight for weight in base.model.parameters() if weight.dim() == 2 and weight is not embedding]
 
 
 def _looked_up(engine: Lockstep) -> int:

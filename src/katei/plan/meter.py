@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import CodeType
 from typing import Any
 
@@ -32,6 +32,7 @@ from katei.methods.full import FullStack
 WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS = "frozen weights", "adapters and heads", "gradients", "moments"
 ATTENTION, SCORES, BACKWARD, OPTIMIZER = "attention", "scores and loss", "backward", "optimizer's temporaries"
 LAYERS, CACHE, STREAM = "activations", "activation cache", "stream"
+DEQUANTISED = "a weight, dequantised"
 
 _BORN_IN: dict[CodeType, str] = {
     Base.attend.__code__: ATTENTION,
@@ -72,8 +73,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._meet(tensor, None)
         return result
 
-    def claim(self, tensors: Iterable[Tensor], owner: str) -> None:
-        """These are `owner`'s, whoever made them."""
+    def claim(self, tensors: Iterable[Tensor], owner: str, stored: Callable[[Tensor], int] | None = None) -> None:
+        """These are `owner`'s, whoever made them. `stored` says how many bytes one takes, if not those of its numbers."""
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
             if key in self._known:
@@ -82,18 +83,18 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.by_owner[owner] += size
                 self._known[key] = (serial, size, owner)
             else:
-                self._meet(tensor, owner)
+                self._meet(tensor, owner, stored(tensor) if stored else None)
 
     def forget_peak(self) -> None:
         """Count the peak from here on."""
         self.peak, self.at_peak, self.peak_event = self.live, self.by_owner.copy(), len(self.events)
 
-    def _meet(self, tensor: Tensor, owner: str | None) -> None:
+    def _meet(self, tensor: Tensor, owner: str | None, size: int | None = None) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
             return
-        size = storage.nbytes()
+        size = storage.nbytes() if size is None else size
         serial = len(self.events)
         owner = owner or _owner()
         self._known[key] = (serial, size, owner)

@@ -29,6 +29,8 @@ from katei.plan.meter import ADAPTERS, GRADIENTS, MOMENTS, WEIGHTS
 from katei.plan.process import HOLES, WeightsFile, process_bytes, weights_file
 from katei.plan.time import Machine, epoch_seconds
 
+NF4 = "nf4"
+"""A base of 4-bit weights, planned for alone: the engine has none yet."""
 LASTING = (ADAPTERS, GRADIENTS, MOMENTS)
 
 MOST, START = 2**24, 64
@@ -121,7 +123,9 @@ class Planner:
 
     def base(self, layers: int) -> Base:
         if layers not in self.bases:
-            self.bases[layers] = base_of_shape(_with_layers(self.config, layers), self.precision)
+            self.bases[layers] = base_of_shape(
+                _with_layers(self.config, layers), computed_in(self.precision, self.device)
+            )
         return self.bases[layers]
 
     @cached_property
@@ -139,7 +143,7 @@ class Planner:
 
     @cached_property
     def file(self) -> WeightsFile:
-        return weights_file(self.config, pick_dtype(self.precision))
+        return weights_file(self.config, pick_dtype(computed_in(self.precision, self.device)))
 
     def plan(self, run: Run) -> Plan:
         trace = self.trace(run)
@@ -196,8 +200,20 @@ class Planner:
 
     def trace(self, run: Run) -> Trace:
         if run not in self.traces:
-            self.traces[run] = _trace(self.base(self.depth), run)
+            self.traces[run] = self._trace(self.depth, run)
         return self.traces[run]
+
+    def _trace(self, layers: int, run: Run) -> Trace:
+        return trace_study(
+            self.base(layers),
+            run.trials,
+            run.classes,
+            run.pool,
+            run.scored,
+            token_budget=run.token_budget,
+            checkpointing=run.checkpointing,
+            nf4=self.precision == NF4,
+        )
 
     def most(self, run: Run, shape: Shape) -> int:
         """The largest n whose `shape(n)` = (rows, tokens) in one pass fits, to 1 %; 0 if 1 does not.
@@ -241,21 +257,16 @@ class Planner:
         method = run.trials[0].method
         shallow = method.layers + 1 if isinstance(method, LLaMAAdapter) else 2
         if shallow + 1 >= self.depth:
-            return _trace(self.base(self.depth), one).live_peak_bytes
-        less, more = (_trace(self.base(layers), one).live_peak_bytes for layers in (shallow, shallow + 1))
+            return self._trace(self.depth, one).live_peak_bytes
+        less, more = (self._trace(layers, one).live_peak_bytes for layers in (shallow, shallow + 1))
         return less + (self.depth - shallow) * (more - less)
 
 
-def _trace(base: Base, run: Run) -> Trace:
-    return trace_study(
-        base,
-        run.trials,
-        run.classes,
-        run.pool,
-        run.scored,
-        token_budget=run.token_budget,
-        checkpointing=run.checkpointing,
-    )
+def computed_in(precision: str, device: Device) -> str:
+    """The type that is multiplied in: of an nf4 base the half precision that the device has."""
+    if precision == NF4:
+        return "bf16" if device.bf16 else "fp16"
+    return precision
 
 
 def _meets(places: Sequence[int], heights: Sequence[int], limit: int) -> int:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,16 +15,16 @@ import torch
 from transformers import PreTrainedConfig
 
 from katei.base.builtin import BUILTINS
-from katei.base.device import pick_dtype
+from katei.base.device import PRECISIONS
 from katei.base.load import load_config, load_tokenizer
-from katei.core.errors import BaseError, RunError
+from katei.core.errors import BaseError, RecipeError, RunError, nearest
 from katei.data import load_dataset
 from katei.engine.lockstep import Tokens, Trial
 from katei.methods.full import Full
-from katei.plan.devices import find_device
-from katei.plan.plan import Plan, Planner, Run, synthetic
+from katei.plan.devices import Device, find_device
+from katei.plan.plan import NF4, Plan, Planner, Run, synthetic
 from katei.plan.process import resident_bytes
-from katei.plan.shapes import bundled
+from katei.plan.shapes import SHAPES, bundled
 from katei.plan.time import calibrate
 from katei.study.recipe import Recipe
 from katei.study.run import encode
@@ -52,7 +53,16 @@ def shape_of(model: str, say: Callable[[str], None]) -> PreTrainedConfig:
     """The base's config: of what is here, of a well-known name, or from the hub."""
     here = Path(model).expanduser().exists() or model in BUILTINS
     known = None if here else bundled(model)
-    return known or load_config(model, say=say)
+    try:
+        return known or load_config(model, say=say)
+    except BaseError as error:
+        names = [name.rsplit("/", 1)[-1] for name in SHAPES]
+        close = get_close_matches(model.rsplit("/", 1)[-1], names, n=1)
+        if here or not close:
+            raise
+        raise BaseError(
+            error.message, hint=f"did you mean {close[0]}? Known without a download: {', '.join(names)}"
+        ) from None
 
 
 def rows_of(recipe: Recipe, config: PreTrainedConfig, tokens: int | None, classes: int) -> Rows:
@@ -134,17 +144,22 @@ def plan_methods(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Every method alone, in every precision, on one device."""
+    for precision in precisions:
+        if precision not in (*PRECISIONS, NF4):
+            raise RecipeError(f"no precision '{precision}'", hint=nearest(precision, [*PRECISIONS, NF4]))
     where = find_device(device)
     config = shape_of(recipe.model, say)
+    if tokens is not None:
+        _check_tokens(tokens, classes, config)
     rows = rows_of(recipe, config, tokens, classes)
     asked = [
         (precision, name)
-        for precision in precisions
+        for precision in dict.fromkeys(precisions)
         for name in recipe.methods
         if name != Full.name or precision == "fp32"
     ]
     machines = {
-        precision: calibrate(config, pick_dtype(precision), where.here) if where.here else None
+        precision: calibrate(config, PRECISIONS[precision], where.here) if where.here and precision != NF4 else None
         for precision in precisions
     }
     resident = resident_bytes()
@@ -153,8 +168,7 @@ def plan_methods(
         plans = []
         for precision, inside in groupby(some, key=lambda pair: pair[0]):
             with Planner(config, precision, where, resident, machines[precision]) as planner:
-                for _, name in inside:
-                    plans.append(planner.plan(run_of(recipe, name, rows)))
+                plans += [planner.plan(run_of(recipe, name, rows)) for _, name in inside]
         return plans
 
     plans = in_processes(plan_some, asked)
@@ -165,4 +179,32 @@ def plan_methods(
         "usable_bytes": where.usable_bytes,
         "rows": rows.said,
         "plans": [asdict(plan) for plan in plans],
+        "notes": _notes(recipe, where, precisions),
     }
+
+
+def _check_tokens(tokens: int, classes: int, config: PreTrainedConfig) -> None:
+    if tokens < 1:
+        raise RecipeError(f"tokens is {tokens}, but it counts the longest text's tokens", hint="--tokens 200")
+    if classes < 2:
+        raise RecipeError(f"classes is {classes}, but there are at least two", hint="--classes 2")
+    most = getattr(config, "max_position_embeddings", None)
+    if most and tokens > most:
+        raise RecipeError(f"tokens is {tokens:,}, and this base reads {most:,} at most", hint=f"--tokens {most}")
+
+
+def _notes(recipe: Recipe, where: Device, precisions: Sequence[str]) -> list[str]:
+    notes = []
+    if Full.name in recipe.methods and set(precisions) != {"fp32"}:
+        notes.append("full fine-tuning trains the weights themselves, in fp32 alone")
+    if NF4 in precisions:
+        notes.append("nf4 is the 4-bit base of bitsandbytes; katei plans for one and does not train on one yet")
+    if "bf16" in precisions and not where.bf16:
+        notes.append(
+            f"{where.name} multiplies no bf16 (cards before Ampere): --precision fp16, with its loss scale, is as small"
+        )
+    if "fp16" in precisions and where.kind == "cpu":
+        notes.append("fp16 is slow on a CPU; bf16 takes as little memory")
+    if where.kind == "cuda" and where.here is None:
+        notes.append("CUDA's allocator by its documented rules; not measured on a GPU yet")
+    return notes
