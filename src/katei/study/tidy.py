@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from katei.core import metrics
 from katei.core.files import write_text
+from katei.study.results import test_scores
 from katei.study.scored import PROBABILITY, Columns, role_of
 
 COLUMNS = "trial method seed repeat fold setting share split epoch metric value low high".split()
@@ -79,12 +79,9 @@ def _reference_lines(columns: Columns, label_names: Sequence[str], trained: set[
         probability_EC = np.array([[columns[f"{PROBABILITY}{c}"][i] for c in label_names] for i in picked])
         mine = {"trial": name, "split": "test"}
         mine |= {key: columns[key][picked[0]] for key in ("method", "seed", "repeat", "fold") if key in columns}
-        correct = int((probability_EC.argmax(1) == np.asarray(labels)).sum())
-        interval = metrics.wilson_interval(correct, len(labels))
-        yield from _line(mine, "accuracy", correct / len(labels), interval)
-        area, bounds = metrics.roc_auc(probability_EC, labels), metrics.roc_auc_interval(probability_EC, labels)
-        yield from _line(mine, "roc_auc", area, bounds)
-        yield from _line(mine, "loss", metrics.cross_entropy(probability_EC, labels))
+        scores = vars(test_scores(probability_EC, labels))
+        for metric in TEST_KEYS:
+            yield from _line(mine, metric, scores[metric], scores.get(f"{metric}_interval"))
 
 
 def _line(mine: Line, metric: str, value: float | None, interval: Sequence[float] | None = None) -> Iterator[Line]:
