@@ -211,5 +211,16 @@ def test_full_fine_tuning_in_folds_trains_each_over_a_fresh_base(place: Any, tmp
     one, other = (t for t in study.results["trials"] if t["method"] == "full")
     assert one["epochs"][0]["train_loss"] == pytest.approx(other["epochs"][0]["train_loss"], rel=0.5)
     assert one["epochs"] != other["epochs"]
+    assert one["test"] != other["test"]
     assert {p.name for p in (tmp_path / "run" / "trials").iterdir()} == {"ia3-r0f0", "ia3-r0f1"}
     assert {m["method"] for m in study.results["comparison"]["methods"]} == {"full", "ia3"}
+
+
+def test_killed_between_full_fine_tunings_the_ended_ones_are_not_trained_again(place: Any, tmp_path: Path) -> None:
+    base, data, _ = place
+    command = ["compare", str(data), "--model", str(base), "--method", "full", "--folds", "2", "--epochs", "3"]
+    command += ["--lr", "0.001", "--reference", "none"]
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert killed(whole, [], [*command, "--out", str(whole), "--save-seconds", "1000"]) == [0]
+    killed(out, ["state-full-r0f1*"], [*command, "--out", str(out), "--save-seconds", "0"])
+    assert result_bytes(out) == result_bytes(whole)
