@@ -27,6 +27,7 @@ COMMANDS = (
     "evaluate",
     "predict",
     "generate",
+    "report",
     "merge",
     "export",
     "serve",
@@ -369,6 +370,13 @@ MISTAKES: dict[str, Mistake] = {
     "top-p nan": Mistake("generate --model base x --top-p nan", "top_p is nan", kind="recipe"),
     "a seed below 0": Mistake("generate --model base x --temperature 1 --seed -1", "seed is -1", kind="recipe"),
     "generate with a classifier": Mistake("generate run 春の --trial full", "fully fine-tuned", kind="adapter"),
+    # --- report
+    "report of nothing": Mistake("report nothing", "no such run folder", kind="run"),
+    "report of a folder of data": Mistake("report data", "is not a run folder", kind="run"),
+    "report in a language nobody wrote": Mistake("report run --lang de", "no language 'de'", kind="recipe"),
+    "report over a file that is none": Mistake("report run --out data/train.tsv", "the report is HTML", kind="run"),
+    "report into a folder": Mistake("report run --out data", "is a folder", kind="run"),
+    "report of a table without results": Mistake("report data/train.tsv", "no column 'method'", kind="data"),
     # --- merge and export
     "merge of prompts": Mistake("merge run --trial prompt-tuning --out m", "no weights to merge into", kind="merge"),
     "merge of a full model": Mistake("merge run --trial full --out m", "fully fine-tuned model", kind="adapter"),
@@ -443,7 +451,7 @@ def test_a_mistake_gets_a_clear_word_and_leaves_nothing_behind(
 def test_the_table_is_long_enough_and_every_command_with_input_is_in_it() -> None:
     assert len(MISTAKES) > 100
     typed = {mistake.typed.split()[0] for mistake in MISTAKES.values()}
-    assert {"train", "compare", "evaluate", "predict", "generate", "merge", "export"} <= typed
+    assert {"train", "compare", "evaluate", "predict", "generate", "report", "merge", "export"} <= typed
 
 
 def test_a_data_error_carries_file_and_row(here: Path, katei: Katei) -> None:
@@ -593,6 +601,20 @@ def test_designs_that_cannot_be_say_what_to_type(flags: str, says: str, here: Pa
     assert answer.code == 2
     assert says in f"{answer.result['error']['message']} {answer.result['error']['hint']}"
     assert not (here / "another").exists()
+
+
+def test_report_writes_one_page_and_opens_it(here: Path, katei: Katei, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    answer = katei("report", "run", "--out", "pages/r.html", "--lang", "ja", "--open", "--json")
+    assert answer.code == 0, answer.err
+    page = here / "pages" / "r.html"
+    assert opened == [page.as_uri()]
+    assert answer.result["bytes"] == page.stat().st_size
+    assert (here / answer.result["tidy"]).read_text().startswith("trial,method,seed")
+    shown, page_says = answer.out.splitlines()[0], page.read_text(encoding="utf-8")
+    assert shown == answer.result["verdict"]
+    assert '<html lang="ja">' in page_says
 
 
 def test_generate_prints_prompt_and_continuation(here: Path, katei: Katei) -> None:

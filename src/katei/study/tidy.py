@@ -70,6 +70,8 @@ def tidy_lines(results: Mapping[str, Any], columns: Columns) -> Iterator[Line]:
 
 def _reference_lines(columns: Columns, label_names: Sequence[str], trained: set[str]) -> Iterator[Line]:
     """Scores of the parts of each reference point, of which results.json holds no trial."""
+    from katei.study.results import test_scores
+
     role, by_trial = role_of(columns), dict[str, list[int]]()
     for i, name in enumerate(columns["trial"]):
         if name not in trained and role[i] == "test":
@@ -79,9 +81,10 @@ def _reference_lines(columns: Columns, label_names: Sequence[str], trained: set[
         probability_EC = np.array([[columns[f"{PROBABILITY}{c}"][i] for c in label_names] for i in picked])
         mine = {"trial": name, "split": "test"}
         mine |= {key: columns[key][picked[0]] for key in ("method", "seed", "repeat", "fold") if key in columns}
-        scores = vars(test_scores(probability_EC, labels))
-        for metric in TEST_KEYS:
-            yield from _line(mine, metric, scores[metric], scores.get(f"{metric}_interval"))
+        scores = test_scores(probability_EC, labels)
+        yield from _line(mine, "accuracy", scores.accuracy, scores.accuracy_interval)
+        yield from _line(mine, "roc_auc", scores.roc_auc, scores.roc_auc_interval)
+        yield from _line(mine, "loss", scores.loss)
 
 
 def _line(mine: Line, metric: str, value: float | None, interval: Sequence[float] | None = None) -> Iterator[Line]:

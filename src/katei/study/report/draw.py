@@ -35,7 +35,8 @@ class Axis:
         return round(100 - self.at(value), 2)
 
     def label(self, value: float) -> str:
-        digits = max(0, -math.floor(math.log10(self.ticks[1] - self.ticks[0]) + 1e-9)) if len(self.ticks) > 1 else 0
+        """With as many digits as every tick needs."""
+        digits = next(d for d in range(10) if all(math.isclose(round(t, d), t, abs_tol=1e-9) for t in self.ticks))
         return f"{value:,.{digits}f}"
 
 
@@ -83,6 +84,13 @@ def band(curves: Sequence[dict[int, float]]) -> Band:
 
 
 # -------------------------------------------------------------------- ROC and calibration
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int = 300) -> list[tuple[float, float]]:
+    """No more points than a small plot can show, both ends among them."""
+    if len(points) <= most:
+        return list(points)
+    return [points[round(i)] for i in np.linspace(0, len(points) - 1, most)]
 
 
 def roc_curve(probability_EC: Floats, labels_E: NDArray[np.intp]) -> list[tuple[float, float]]:

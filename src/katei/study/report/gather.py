@@ -7,6 +7,7 @@ A run without a comparison (before there were any, or of one trial) gets one her
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from katei.study.verdicts import note, verdict
 
 SENTENCE = re.compile(r"(?<=\.)\s+(?!\d)|(?<=。)")
 HARD_SHOWN = 50
+HARD_LETTERS = 600
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,17 @@ def gather(path: Path, lang: str, words: Mapping[str, str]) -> Facts:
 
 
 def _gather_run(run: Path, lang: str, words: Mapping[str, str]) -> Facts:
-    from katei.study.folder import load_study
-
-    study = load_study(run)
-    results, labels = study.results, study.results["labels"]
+    results, environment = _read(run)
+    labels = results["labels"]
     columns = read_predictions(run)
     scored = scored_rows(columns, labels, results["trials"])
     comparison = compared(results, scored)
     diverged = tuple(t["name"] for t in results["trials"] if t["finished"] == "diverged" and t.get("chosen", True))
-    known = results.get("comparison") is not None
-    if lang == "en" and known:
+    said: tuple[str, ...]
+    if results.get("partial"):
+        done = sum(t["finished"] is not None for t in results["trials"])
+        said = (words["partial"].format(done=done, trials=len(results["trials"])), words["partial_goes_on"])
+    elif lang == "en" and results.get("comparison") is not None:
         said = tuple(SENTENCE.split(results["verdict"]))
     else:
         said = (words["diverged"].format(names=", ".join(diverged)),) if diverged else ()
@@ -102,7 +105,7 @@ def _gather_run(run: Path, lang: str, words: Mapping[str, str]) -> Facts:
         verdict=tuple(sentence for sentence in said if sentence),
         note=None if comparison is None else note(comparison, lang),
         results=results,
-        environment=study.environment,
+        environment=environment,
         comparison=None if comparison is None else comparison.as_json(),
         references=references,
         scored=scored,
@@ -112,6 +115,20 @@ def _gather_run(run: Path, lang: str, words: Mapping[str, str]) -> Facts:
         recipe_values=values,
         diverged=diverged,
     )
+
+
+def _read(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """results.json and environment.json; of a study that was stopped, what it came to so far."""
+    from katei.study.folder import PARTIAL, load_study
+
+    if (run / PARTIAL).exists() and not (run / "results.json").exists():
+        try:
+            return json.loads((run / PARTIAL).read_text(encoding="utf-8")), {}
+        except (OSError, ValueError) as error:
+            hint = "the command that began it, typed again, goes on where it stopped"
+            raise RunError(f"its results cannot be read: {error}", file=run, hint=hint) from None
+    study = load_study(run)
+    return study.results, study.environment
 
 
 def read_predictions(run: Path) -> Columns:
@@ -162,6 +179,8 @@ def hard_rows(
         answers[labels_E[e]] = 0
         knowing = tuple(n for n in references if n != MAJORITY and n in right and right[n][e])
         text = None if texts is None else texts.get((split, line))
+        if text is not None and len(text) > HARD_LETTERS:
+            text = f"{text[:HARD_LETTERS]} …"
         found.append(HardRow(split, line, names[labels_E[e]], names[int(answers.argmax())], knowing, text))
     return tuple(found)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from katei import __version__
 from katei.study.comparison import MAJORITY, REFERENCES
-from katei.study.report.draw import UNIT, Axis, Band, Bin, axis, band, calibration_bins, polyline, roc_curve
+from katei.study.report.draw import UNIT, Axis, Band, Bin, axis, band, calibration_bins, polyline, roc_curve, thinned
 from katei.study.report.gather import HARD_SHOWN, Facts
 from katei.study.report.words import words_of
 
@@ -118,7 +118,13 @@ def _scores(facts: Facts) -> dict[str, Any] | None:
     methods = facts.comparison["methods"]
     metrics = [m for m in METRICS if any(m in scores for scores in methods)]
     bounded = [s["accuracy_interval"] for s in methods if s.get("accuracy_interval")]
-    x = axis(min(low for low, _ in bounded), max(high for _, high in bounded), most=3) if bounded else UNIT
+    ends = [*(end for interval in bounded for end in interval), *(s["accuracy"] for s in methods)]
+    commonest = facts.comparison["commonest_class"]
+    if commonest is not None and any(s["method"] == MAJORITY for s in methods):
+        commonest = None  # the same thing, fitted
+    if commonest is not None:
+        ends.append(commonest["accuracy"])
+    x = axis(min(ends), max(ends), most=3)
     rows = [
         {
             "method": s["method"],
@@ -128,9 +134,9 @@ def _scores(facts: Facts) -> dict[str, Any] | None:
         }
         for s in methods
     ]
-    commonest = facts.comparison["commonest_class"]
-    if commonest is not None and any(s["method"] == MAJORITY for s in methods):
-        commonest = None  # the same thing, fitted
+    if commonest is not None:
+        here = commonest["accuracy"]
+        commonest = {**commonest, "strip": _strip(here, (here, here), x)}
     return {"metrics": metrics, "low": BETTER_LOW, "rows": rows, "commonest": commonest, "x": x}
 
 
@@ -138,7 +144,8 @@ def _forest(facts: Facts) -> dict[str, Any] | None:
     if facts.comparison is None or not facts.comparison["differences"]:
         return None
     margin, pairs = facts.comparison["margin"], facts.comparison["differences"]
-    best = facts.comparison["methods"][0]["method"]
+    names = [s["method"] for s in facts.comparison["methods"]]
+    best = next((name for name in names if name not in facts.references), names[0])
     of_accuracy = [d for d in pairs if d["metric"] == "accuracy"]
     shown = [d for d in of_accuracy if best in (d["first"], d["second"])]
     bounds = [b for d in of_accuracy for b in d["interval"]]
@@ -166,10 +173,11 @@ def _forest(facts: Facts) -> dict[str, Any] | None:
 
 
 def _counting(facts: Facts) -> dict[str, list[dict[str, Any]]]:
-    """Trials of the comparison, by method."""
+    """Trials of the comparison, by method; before there is one, all."""
+    partial = facts.results.get("partial", False)
     found: dict[str, list[dict[str, Any]]] = {}
     for trial in facts.trials:
-        if trial.get("chosen", True) and trial.get("share", 1.0) == 1.0:
+        if (trial.get("chosen", True) or partial) and trial.get("share", 1.0) == 1.0:
             found.setdefault(trial["method"], []).append(trial)
     return found
 
@@ -226,7 +234,7 @@ def _rocs(facts: Facts) -> list[dict[str, Any]] | None:
     for o in facts.scored.outcomes:
         if o.probability_SEC is None or o.method not in by_method:
             continue
-        points = [polyline(roc_curve(p_EC, labels_E), UNIT, UNIT) for p_EC in o.probability_SEC]
+        points = [polyline(thinned(roc_curve(p_EC, labels_E)), UNIT, UNIT) for p_EC in o.probability_SEC]
         area = by_method[o.method].get("roc_auc")
         reference = o.method in facts.references
         panels.append({"method": o.method, "curves": points, "auc": area, "reference": reference})
@@ -290,7 +298,7 @@ def _cost(facts: Facts) -> dict[str, Any] | None:
         )
     longest = max((row["seconds"] or 0 for row in rows), default=0)
     largest = max(
-        [row["planned_bytes"] or 0 for row in rows] + [memory.get("planned_bytes") or 0, memory["peak_bytes"]]
+        [row["planned_bytes"] or 0 for row in rows] + [memory.get("planned_bytes") or 0, memory.get("peak_bytes") or 0]
     )
     return {
         "rows": rows,
@@ -312,17 +320,13 @@ def _tuning(facts: Facts) -> dict[str, Any] | None:
     if not tuning:
         return None
     searched = [
-        (method, name, [f"{v:g}" if isinstance(v, float) else str(v) for v in values], _is_range(values))
-        for method, names in tuning["searched"].items()
-        for name, values in names.items()
+        (method, name, [f"{v:g}" if isinstance(v, float) else str(v) for v in values], name == "learning_rate")
+        for method, settings in tuning["searched"].items()
+        for name, values in settings.items()
     ]
     chosen = [{**c, "settings": _settings(c["settings"])} for c in tuning["chosen"]]
     keys = [key for key in ("repeat", "fold") if any(c.get(key) is not None for c in chosen)]
     return {**tuning, "searched": searched, "chosen": chosen, "keys": keys}
-
-
-def _is_range(values: Sequence[Any]) -> bool:
-    return len(values) == 2 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
 def _learning(facts: Facts) -> dict[str, Any] | None:
