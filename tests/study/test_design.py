@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from katei.core.errors import RecipeError
 from katei.study.design import StudyDesign, design_study
-from katei.study.learning_curve import SHARES, nested_subset
+from katei.study.learning_curve import SHARES, nested_subset, subset_trials
+from katei.study.trials import Ended, planned_trials
 from katei.study.recipe import Recipe
 
 NAMES = ("a", "b", "c")
@@ -130,3 +131,15 @@ def test_a_designs_sentence_names_the_smallest_difference_it_shows() -> None:
     two_seeds = design_study(recipe(seeds=(0, 1)), {"train": [0, 1], "test": [0, 1]}, NAMES[:2])
     assert two_seeds.detectable is None
     assert "no difference" in two_seeds.text
+
+
+@pytest.mark.parametrize("counts", [[6, 5, 4], [9, 8], [40, 9]])
+def test_every_cell_is_in_every_subset_of_the_learning_curve_or_none_is(counts: list[int]) -> None:
+    labels = labels_of(counts, 1)
+    wanted = recipe(folds=2, methods=("ia3", "head"))
+    design = design_study(wanted, {"train": labels}, NAMES[: len(counts)])
+    chosen = [Ended(p, [], "done", 1, 1, 1, chosen=True) for p in planned_trials(wanted, design)]
+    subsets = subset_trials(chosen, labels)
+    assert len({p.trial.name for p in subsets}) == len(subsets) > 0
+    for share in {p.share for p in subsets}:
+        assert [p.cell for p in subsets if p.share == share] == [e.planned.cell for e in chosen]
