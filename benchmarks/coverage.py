@@ -380,6 +380,32 @@ def seeds_power(rng: np.random.Generator, N: int, S: int, E: int, accuracy: floa
     return gap, float((interval.low > 0).mean())
 
 
+def folds_power(
+    rng: np.random.Generator, N: int, rows: int, k: int, repeats: int, accuracy: float, lasting: float
+) -> tuple[float, float]:
+    """The detectable difference of repeated k-fold, and how often it is seen where it is there.
+
+    `lasting`: share of rows on which the methods' answers are the same in every repeat.
+    """
+    design = Design(rows, repeats, folds=k, accuracy=accuracy)
+    gap = minimum_detectable_difference(design)
+    assert gap is not None
+    discordant = max(design.discordant, gap)
+    chances = [(discordant + gap) / 2, (discordant - gap) / 2]
+
+    def draw(*shape: int) -> Any:
+        u = rng.random(shape)
+        return np.where(u < chances[0], 1.0, np.where(u < sum(chances), -1.0, 0.0))
+
+    stays = rng.random((N, 1, rows)) < lasting
+    difference = np.where(stays, draw(N, 1, rows), draw(N, repeats, rows))
+    fold_NSE = rng.permuted(np.broadcast_to(np.arange(rows) % k, (N, repeats, rows)), axis=-1)
+    cells = [(difference * (fold_NSE == f)).sum(-1) / (fold_NSE == f).sum(-1) for f in range(k)]
+    spread = over_folds(np.stack(cells, -1).reshape(N, -1), 1 / (k - 1))
+    discordance = d.Discordance((difference > 0).mean((-1, -2)), (difference < 0).mean((-1, -2)))
+    return gap, float((d.paired_interval(spread, discordance, rows, at_most=rows).low > 0).mean())
+
+
 # -------------------------------------------------------------------- the tables
 
 

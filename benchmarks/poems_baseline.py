@@ -9,8 +9,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from katei.core.metrics import wilson_interval
 from katei.data import load_dataset
+from katei.study.intervals import clopper_pearson
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
         )
         model.fit(data.train.texts, data.train.labels)
         correct = int((model.predict(data.test.texts) == data.test.labels).sum())
-        low, high = wilson_interval(correct, len(data.test.labels))
+        low, high = clopper_pearson(correct, len(data.test.labels))
         print(
             f"{name}: {correct} of {len(data.test.labels)} test rows, {correct / 54:.3f}, 95 % {low:.3f} – {high:.3f}"
         )

@@ -556,7 +556,8 @@ def test_nothing_but_katei_speaks_and_no_control_characters_in_a_pipe(here: Path
         assert not re.search(r"[\x00-\x08\x0b-\x1f]", said), said
     assert "lora" in done.stdout.decode()
     for line in done.stderr.decode().splitlines():
-        assert line.startswith(("warning: ", "training ", "epoch ")) or "rows/s" in line, line
+        said = ("warning: ", "training ", "epoch ", "The split as given", "reference points: ")
+        assert line.startswith(said) or "rows/s" in line, line
     merged = elsewhere(*"merge out --trial lora --out m".split(), cwd=here)
     assert merged.returncode == 0, merged.stderr
     assert [line for line in merged.stderr.decode().splitlines() if not line.startswith("comparing")] == []
@@ -566,10 +567,40 @@ def test_compare_prints_each_trial_and_the_verdict(here: Path, katei: Katei) -> 
     answer = katei(*words(f"{COMPARE} --method ia3,head --seeds 2"))
     assert answer.code == 0, answer.err
     for name in ("ia3-seed0", "ia3-seed1", "head-seed0", "head-seed1"):
-        assert len(re.findall(rf"\b{name}\b", answer.out)) >= 2, name
-    assert "beat always answering the commonest class" in answer.out
-    assert "commonest class" in answer.out
+        assert re.search(rf"^.*\b{name}\b", answer.out, re.MULTILINE), name
+    for name in ("ia3", "head", "tf-idf", "majority class"):
+        assert re.search(rf"^ {name} ", answer.out, re.MULTILINE), name
+    assert "8 rows × 2 seeds" in answer.out
+    assert "ia3 − head" in answer.out
+    assert "is not shown to beat" in answer.out
     assert "katei predict out" in answer.out
+
+
+def test_the_verdict_of_a_study_is_said_in_japanese_too(here: Path, katei: Katei) -> None:
+    command = words(f"{COMPARE} --method ia3,lora --reference none")
+    english, japanese = katei(*command), katei(*command, "--lang", "ja")
+    assert "cannot be told apart on 8 rows" in english.out
+    assert "8 行では" in japanese.out
+    assert katei(*command, "--lang", "de").code == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--folds 10", "--folds 9"),
+        ("--folds 1", "--folds 5"),
+        ("--folds 3 --seeds 2", "--folds 3 --repeats 2"),
+        ("--repeats 2", "--seeds 2"),
+        ("--tune 1", "--tune 8"),
+        ("--margin 2", "--margin 0.05"),
+        ("--reference tfidf", "tf-idf"),
+    ],
+)
+def test_designs_that_cannot_be_say_what_to_type(flags: str, says: str, here: Path, katei: Katei) -> None:
+    answer = katei(*words(COMPARE.replace("--out out", "--out another")), *flags.split(), "--json")
+    assert answer.code == 2
+    assert says in f"{answer.result['error']['message']} {answer.result['error']['hint']}"
+    assert not (here / "another").exists()
 
 
 def test_report_writes_one_page_and_opens_it(here: Path, katei: Katei, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from katei.engine.checkpoint import load_state, save_state
 from katei.engine.lockstep import Lockstep, Trial
 from katei.engine.optimizer import Training
 from katei.methods.contract import HEAD, TrialFacts
-from tests.helpers.models import STACKED, random_tokens, settings, tiny_base
+from tests.helpers.models import STACKED, perturb_, random_tokens, settings, tiny_base
 
 BASE = tiny_base()
 TOKENS = random_tokens(10)
@@ -192,6 +192,31 @@ def test_a_restored_run_ends_with_the_same_bytes(ticks: int, tmp_path: Path) -> 
     assert [s.epochs for s in whole.states] == [s.epochs for s in resumed.states]
     with pytest.raises(RunError, match="another recipe"):
         load_state(tmp_path / "state.safetensors", fresh(), "somebody else")
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_a_pass_that_touches_few_of_many_adapters_writes_the_same_gradients(name: str) -> None:
+    """Ten in a stack: small passes see it narrowed to two or three of them, the big one sees it whole."""
+    trials = [trial(name, seed) for seed in range(10)]
+    whole, narrow = (Lockstep.on_split(BASE, trials, 3, TOKENS, VALID, token_budget=budget) for budget in (10_000, 30))
+    seen: list[int] = []
+    honest = narrow.stacks[0].scores
+
+    def spy(*arguments: Any) -> Any:
+        seen.append(narrow.stacks[0].adapters)
+        return honest(*arguments)
+
+    narrow.stacks[0].scores = spy  # type: ignore[method-assign]
+    for engine in (whole, narrow):
+        perturb_(engine.stacks[0])
+        engine._gradients(engine.states, [state.batch() for state in engine.states])
+    assert max(seen) <= 5
+    assert narrow.stacks[0].adapters == 10
+    assert float(whole.stacks[0].grad_NM.abs().amax(1).min()) > 0
+    torch.testing.assert_close(narrow.stacks[0].grad_NM, whole.stacks[0].grad_NM, rtol=1e-3, atol=1e-5)
+    jobs = [[(state, state.trial.valid) for state in engine.states] for engine in (whole, narrow)]
+    for a, b in zip(whole.probabilities(jobs[0]), narrow.probabilities(jobs[1]), strict=True):
+        assert abs(a - b).max() < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,9 @@ def more(llama: Trained, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("more")
     data = data_folder(folder / "data", labels=("春", "夏", "秋"))
     settings = {"epochs": 1, "learning_rate": 0.05, "max_length": 6, "batch_size": 4}
-    api.compare(data, out=folder / "three", model=str(llama.base), methods=["lora", "ia3"], seeds=2, **settings)
+    api.compare(
+        data, out=folder / "three", model=str(llama.base), methods=["lora", "ia3"], seeds=2, references=[], **settings
+    )
     return Trained(folder / "three", llama.base, data)
 
 

@@ -258,7 +258,6 @@ def test_the_command_prints_tables_a_verdict_and_json(
     [
         ("poems --from FILE", "--from trains nothing, so DATA has no meaning"),
         ("--from FILE --epochs 3 --seeds 2", "--seeds, --epochs has no meaning"),
-        ("--lang ja", "--lang belongs to --from FILE"),
         ("--from FILE --lang fr", "no language 'fr'"),
         ("--from FILE --margin 0", "the margin is 0.0"),
         ("--from FILE --reference lorra", "did you mean 'lora'?"),

@@ -272,6 +272,12 @@ def test_seeds_have_about_the_power_that_was_planned(rows: int) -> None:
         assert seen == pytest.approx(0.8, abs=0.12)
 
 
+@pytest.mark.parametrize(("rows", "k", "repeats", "lasting"), [(54, 5, 1, 1.0), (216, 5, 2, 0.6), (216, 10, 3, 0.8)])
+def test_folds_have_about_the_power_that_was_planned(rows: int, k: int, repeats: int, lasting: float) -> None:
+    _, seen = simulated.folds_power(rng(), 400, rows, k, repeats, 0.9, lasting)
+    assert seen == pytest.approx(0.8, abs=0.12)
+
+
 def test_a_study_too_small_detects_nothing_and_a_wrong_design_is_refused() -> None:
     assert minimum_detectable_difference(Design(3)) is None
     with pytest.raises(RecipeError, match="accuracy is 90"):

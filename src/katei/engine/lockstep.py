@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -299,7 +300,11 @@ class Lockstep:
 
     def _backward(self, work: list[_Work], scale: float) -> tuple[Tensor, list[_Work]]:
         """One pass forward and back. Returns the row losses, in nats, and whose they are."""
-        stream = self.base.stream([item.row for item in work], self.stacks, self.entries)
+        with _touched(self.stacks, [item.row for item in work]) as rows:
+            return self._backward_of(rows, work, scale)
+
+    def _backward_of(self, rows: Sequence[PackedRow], work: list[_Work], scale: float) -> tuple[Tensor, list[_Work]]:
+        stream = self.base.stream(rows, self.stacks, self.entries)
         joining = self.cache.joining(stream)
         ordered = [work[i] for i in stream.order]
         labels_B = torch.tensor([item.label for item in ordered]).to(self.base.device)
@@ -383,13 +388,31 @@ def score_rows(
     lengths = [len(row.ids) + stacks[row.stack].virtual_tokens for row in packed]
     result = np.empty((len(rows), stacks[0].classes))
     for chosen in passes(lengths, token_budget):
-        stream = base.stream([packed[i] for i in chosen], stacks, entries if cache else None)
-        joining = cache.joining(stream) if cache else None
-        with torch.no_grad(), base.running(stream, stacks):
-            pooled_BD = base.pooled(stream, stacks, joining=joining)
-            scores_BC = torch.cat([stacks[p.stack].scores(pooled_BD[p.first : p.last], p) for p in stream.parts])
+        with _touched(stacks, [packed[i] for i in chosen]) as inside:
+            stream = base.stream(inside, stacks, entries if cache else None)
+            joining = cache.joining(stream) if cache else None
+            with torch.no_grad(), base.running(stream, stacks):
+                pooled_BD = base.pooled(stream, stacks, joining=joining)
+                scores_BC = torch.cat([stacks[p.stack].scores(pooled_BD[p.first : p.last], p) for p in stream.parts])
         result[chosen] = values(torch.softmax(stream.unsort(scores_BC).double(), 1), healthy=0.5)
     return result
+
+
+MANY_ADAPTERS = 8
+"""Stacks of more are narrowed to the adapters that a pass touches, where these lie within half of it."""
+
+
+@contextmanager
+def _touched(stacks: Sequence[Stack], rows: Sequence[PackedRow]) -> Iterator[list[PackedRow]]:
+    """The rows as they count in stacks that are, inside, no larger than the pass needs them."""
+    offset = [0] * len(stacks)
+    with ExitStack() as narrowed:
+        for s, stack in enumerate(stacks):
+            mine = {row.adapter for row in rows if row.stack == s} if stack.adapters > MANY_ADAPTERS else set()
+            if mine and 2 * (max(mine) + 1 - min(mine)) <= stack.adapters:
+                offset[s] = min(mine)
+                narrowed.enter_context(stack.narrowed(min(mine), max(mine) + 1))
+        yield [replace(row, adapter=row.adapter - offset[row.stack]) if offset[row.stack] else row for row in rows]
 
 
 def _mix(seed: int, purpose: str, *numbers: Any) -> int:

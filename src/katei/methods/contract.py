@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -118,17 +119,32 @@ class Stack(ABC):
         self.decayed_numbers = sum(spec.numbers for spec in named.values() if spec.decay)
         self.theta_NM = torch.empty(self.adapters, self.numbers, device=base.device)
         self.grad_NM = torch.zeros_like(self.theta_NM)
-        self.tensors: dict[str, Tensor] = {}
-        start = 0
-        for name, spec in named.items():
+        self.tensors: dict[str, Tensor] = self._leaves(slice(None))
+        with torch.no_grad():
+            for name, leaf in self.tensors.items():
+                for n, seed in enumerate(seeds if not shapes_only(leaf) else ()):
+                    leaf[n] = named[name].init(generator(seed, name)).to(leaf)
+
+    def _leaves(self, which: slice) -> dict[str, Tensor]:
+        """Each named tensor of the adapters `which`, a leaf whose gradient is written where `grad_NM` has it."""
+        leaves, start = {}, 0
+        for name, spec in self.specs.items():
             stop = start + spec.numbers
-            leaf = torch.unflatten(self.theta_NM[:, start:stop], 1, spec.shape).detach()
-            for n, seed in enumerate(seeds if not shapes_only(leaf) else ()):
-                leaf[n] = spec.init(generator(seed, name)).to(leaf)
-            leaf.requires_grad_()
-            leaf.grad = torch.unflatten(self.grad_NM[:, start:stop], 1, spec.shape)
-            self.tensors[name] = leaf
+            leaf = torch.unflatten(self.theta_NM[which, start:stop], 1, spec.shape).detach().requires_grad_()
+            leaf.grad = torch.unflatten(self.grad_NM[which, start:stop], 1, spec.shape)
+            leaves[name] = leaf
             start = stop
+        return leaves
+
+    @contextmanager
+    def narrowed(self, first: int, stop: int) -> Iterator[None]:
+        """Inside, the stack is adapters `first:stop` alone: a pass that touches few computes, and writes gradients, of no others."""
+        whole = self.adapters, self.tensors
+        self.adapters, self.tensors = stop - first, self._leaves(slice(first, stop))
+        try:
+            yield
+        finally:
+            self.adapters, self.tensors = whole
 
     # ---------------------------------------------------------------- the places
 

@@ -69,8 +69,11 @@ def _predictions(records: Records) -> tuple[list[Outcome], Rows]:
         raise DataError("neither a prediction nor a probability_LABEL column", file=records.file, hint=SHAPES)
     methods, row_names, labels = (_texts(records, c) for c in ("method", row_column, "label"))
     predictions = _texts(records, "prediction") if "prediction" in columns else None
-    seeds = _texts(records, "seed") if "seed" in columns else ("",) * len(methods)
-    folds = _texts(records, "fold") if "fold" in columns else None
+    if row_column == "line" and "role" in columns:  # a run's rows: with folds they are of more than one file
+        row_names = tuple(f"{split} {line}" for split, line in zip(_texts(records, "split"), row_names, strict=True))
+    repeated = _has(records, "repeat")  # of k-fold in a run: each fold of a repeat has a seed of its own
+    seeds = _texts(records, "repeat" if repeated else "seed") if repeated or "seed" in columns else ("",) * len(methods)
+    folds = _texts(records, "fold") if _has(records, "fold") else None
     probability_RC = _probabilities(records, probability_columns) if probability_columns else None
     keep = _test_rows(records)
     names = _classes(records, labels, predictions, probability_columns, keep)
@@ -129,7 +132,7 @@ def _test_rows(records: Records) -> list[int]:
     everything = list(range(len(records.lines)))
     if "split" not in records.columns:
         return everything
-    splits = _texts(records, "split")
+    splits = _texts(records, "role" if "role" in records.columns else "split")
     for wanted in ("test", "valid"):
         if kept := [i for i in everything if splits[i] == wanted]:
             return kept
@@ -202,6 +205,11 @@ def _folds(
 
 
 # -------------------------------------------------------------------- values
+
+
+def _has(records: Records, name: str) -> bool:
+    """A column with something in it: a run writes `repeat` and `fold` also where there are none."""
+    return name in records.columns and any(value not in (None, "") for value in records.column(name))
 
 
 def _texts(records: Records, name: str) -> tuple[str, ...]:

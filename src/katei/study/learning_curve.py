@@ -24,16 +24,16 @@ SHARES = (0.125, 0.25, 0.5)
 
 
 def subset_trials(chosen: Sequence[Ended], labels: Sequence[int]) -> list[Planned]:
-    """Of every chosen trial one on each share of its rows; no two of the same size."""
+    """Of every chosen trial one on each share of its rows; a share that takes nothing away from the next larger one is left out."""
     planned = []
-    for ended in chosen:
-        before = len(ended.trial.rows)
-        for share in reversed(SHARES):
-            rows = nested_subset(ended.trial.rows, labels, share, ended.trial.seed)
-            if len(rows) < before:
-                name = f"{ended.trial.name}-1of{round(1 / share)}"
-                planned.append(on_share(ended.planned, name, rows, share))
-                before = len(rows)
+    before = [len(ended.trial.rows) for ended in chosen]
+    for share in reversed(SHARES):
+        subsets = [nested_subset(ended.trial.rows, labels, share, ended.trial.seed) for ended in chosen]
+        sizes = [len(rows) for rows in subsets]
+        if sizes != before:  # in all cells or none, so that every row is judged at every size
+            for ended, rows in zip(chosen, subsets, strict=True):
+                planned.append(on_share(ended.planned, f"{ended.trial.name}-1of{round(1 / share)}", rows, share))
+            before = sizes
     return planned
 
 

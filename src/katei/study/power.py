@@ -21,7 +21,7 @@ MOST_ROWS = 1e9
 
 @dataclass(frozen=True)
 class Design:
-    """What will be run, and what is assumed of the methods.
+    """What will be run, and what is assumed of the methods. With `folds`, `seeds` counts their repeats.
 
     `discordance`: share of rows only one of two methods gets right; without it, that of two methods of this `accuracy` whose
     mistakes fall half on the same rows: 2 · accuracy · (1 − accuracy) / 2. `seed_deviation`: of a method's accuracy over seeds.
@@ -30,13 +30,12 @@ class Design:
 
     rows: int
     seeds: int = 1
-    """Or repeats, where there are `folds`."""
-    folds: int = 0
     accuracy: float = 0.9
     discordance: float | None = None
     seed_deviation: float = 0.0
     lasting: float = 0.5
     alpha: float = 0.05
+    folds: int = 0
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.seeds < 1:

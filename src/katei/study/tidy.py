@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from katei.core.files import write_text
+from katei.study.results import test_scores
 from katei.study.scored import PROBABILITY, Columns, role_of
 
 COLUMNS = "trial method seed repeat fold setting share split epoch metric value low high".split()
@@ -69,7 +70,6 @@ def tidy_lines(results: Mapping[str, Any], columns: Columns) -> Iterator[Line]:
 
 def _reference_lines(columns: Columns, label_names: Sequence[str], trained: set[str]) -> Iterator[Line]:
     """Scores of the parts of each reference point, of which results.json holds no trial."""
-    from katei.study.results import test_scores
 
     role, by_trial = role_of(columns), dict[str, list[int]]()
     for i, name in enumerate(columns["trial"]):

@@ -24,6 +24,7 @@ from katei.engine.lockstep import Lockstep, Tokens, TrialState, score_rows
 from katei.methods.adalora import AdaLoRAStack
 from katei.methods.full import Full
 from katei.methods.saved import AdapterNote, load_into_, read_adapter, save_adapter
+from katei.study.answered import load_answered, save_answered
 from katei.study.design import StudyDesign
 from katei.study.fit import Fit
 from katei.study.racing import Races
@@ -86,6 +87,10 @@ class Job:
 
 def train_group(group: Sequence[Planned], base: Base, job: Job, left: int) -> list[Ended]:
     """Train, or go on training, a group to its end. KeyboardInterrupt leaves the state saved and `job.running` set."""
+    state_file = job.out / f"state-{group[0].trial.name}.safetensors"
+    fingerprint = f"{job.identity}/{base.fingerprint}"
+    if (answered := load_answered(state_file, group[0], fingerprint)) is not None:
+        return [answered]
     races = Races({p.trial.name: p.race for p in group}) if job.recipe.tune and job.recipe.racing else None
     lockstep = Lockstep(
         base,
@@ -97,8 +102,6 @@ def train_group(group: Sequence[Planned], base: Base, job: Job, left: int) -> li
         referee=races,
     )
     job.running = lockstep
-    state_file = job.out / f"state-{group[0].trial.name}.safetensors"
-    fingerprint = f"{job.identity}/{base.fingerprint}"
     if state_file.exists() and (not job.overwrite or is_state_of(state_file, fingerprint)):
         load_state(state_file, lockstep, fingerprint)
         job.watcher.say(
@@ -123,6 +126,8 @@ def train_group(group: Sequence[Planned], base: Base, job: Job, left: int) -> li
     evaluating = time.perf_counter()
     ended = _score(group, lockstep, base)
     _save_adapters(lockstep, ended, base, job)
+    if isinstance(group[0].trial.method, Full) and not job.keeps_full:
+        save_answered(state_file, ended[0], fingerprint)
     lockstep.seconds["evaluate"] += time.perf_counter() - evaluating
     for name, value in lockstep.seconds.items():
         job.seconds[name] += value

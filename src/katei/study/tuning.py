@@ -9,6 +9,7 @@ the method's own, at the same places for every method, and the values of the met
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -84,7 +85,15 @@ def _points(space: Mapping[str, Sequence[Any]], count: int, seed: int) -> list[d
         else IntDistribution(0, len(space[key]) - 1)
         for name, key in names.items()
     }
-    sampler = optuna.samplers.QMCSampler(qmc_type="halton", scramble=True, seed=seed, warn_asynchronous_seeding=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.QMCSampler(
+            qmc_type="halton",
+            scramble=True,
+            seed=seed,
+            warn_asynchronous_seeding=False,
+            warn_independent_sampling=False,
+        )
     study = optuna.create_study(sampler=sampler)
     known = {name: (low * high) ** 0.5 if space[key] == space["learning_rate"] else 0 for name, key in names.items()}
     # the sampler takes its space from the first trial that has ended
