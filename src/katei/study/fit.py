@@ -56,8 +56,15 @@ class Fit:
 
 
 def read_fit(file: Path) -> Fit | None:
-    """What `to_json` wrote, or None where there is none."""
-    return Fit(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+    """What `to_json` wrote, or None where there is none. Raises RunError for anything else."""
+    if not file.exists():
+        return None
+    try:
+        return Fit(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise RunError(
+            f"the plan of this run cannot be read: {error}", file=file, hint="--overwrite starts again"
+        ) from None
 
 
 def said_of(fit: Fit, recipe: Recipe, planned: Sequence[Planned]) -> str:

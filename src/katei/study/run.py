@@ -24,7 +24,7 @@ import torch
 from katei.base.device import pick_device
 from katei.base.load import load_base, load_causal_lm, load_config, load_tokenizer, resolve_base
 from katei.base.packed import Base, check_ids
-from katei.core.errors import BaseError, DataError
+from katei.core.errors import BaseError, DataError, RunError
 from katei.core.files import write_json, write_text
 from katei.core.machine import forget_peak_memory, peak_memory_bytes, return_freed_memory
 from katei.data import Dataset, Split, cut_warnings, load_dataset
@@ -89,7 +89,12 @@ def run_study(
     identity = sha256((recipe.to_toml() + dataset.sha256).encode()).hexdigest()
     check_claim(out, recipe, identity, overwrite)
     over = (out / "results.json").exists()
-    fit = read_fit(out / "plan.json") if identity_of(out) == identity and not (over and overwrite) else None
+    try:
+        fit = read_fit(out / "plan.json") if identity_of(out) == identity and not (over and overwrite) else None
+    except RunError:
+        if not overwrite:
+            raise
+        fit = None
     if fit is None and (overwrite or not over):
         fit = fit_study(_asked(planned, pool, len(dataset.label_names), recipe), config, device, force=force)
     with claimed(out):
