@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from katei.core.errors import RecipeError
 from katei.study.design import StudyDesign, design_study
 from katei.study.learning_curve import SHARES, nested_subset, subset_trials
-from katei.study.trials import Ended, planned_trials
 from katei.study.recipe import Recipe
+from katei.study.trials import Ended, planned_trials
 
 NAMES = ("a", "b", "c")
 
