@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 from katei.base.device import pick_dtype
 from katei.base.packed import Base
 from katei.engine.lockstep import Lockstep, Tokens, Trial
+from katei.methods.full import Full
 from katei.methods.llama_adapter import LLaMAAdapter
 from katei.plan.allocator import CachingAllocator
 from katei.plan.devices import Device
@@ -121,12 +122,15 @@ class Planner:
         self.bases.clear()
         self._inside.close()
 
-    def base(self, layers: int) -> Base:
-        if layers not in self.bases:
-            self.bases[layers] = base_of_shape(
-                _with_layers(self.config, layers), computed_in(self.precision, self.device)
-            )
-        return self.bases[layers]
+    def base(self, layers: int, run: Run) -> Base:
+        """The base without numbers that `run` runs over; full fine-tuning makes its weights trainable, so it has one of its own."""
+        own = any(isinstance(trial.method, Full) for trial in run.trials)
+        if not own and layers in self.bases:
+            return self.bases[layers]
+        made = base_of_shape(_with_layers(self.config, layers), computed_in(self.precision, self.device))
+        if not own:
+            self.bases[layers] = made
+        return made
 
     @cached_property
     def vocabulary(self) -> int:
@@ -172,7 +176,7 @@ class Planner:
         """Of an epoch of all trials; None for a device that is not here to be timed."""
         if self.machine is None:
             return None
-        base = self.base(self.depth)
+        base = self.base(self.depth, run)
         options = {"token_budget": run.token_budget, "checkpointing": run.checkpointing}
         engine = Lockstep(base, run.trials, run.classes, run.pool, **options)  # type: ignore[arg-type]
         engine.fill_cache()
@@ -205,7 +209,7 @@ class Planner:
 
     def _trace(self, layers: int, run: Run) -> Trace:
         return trace_study(
-            self.base(layers),
+            self.base(layers, run),
             run.trials,
             run.classes,
             run.pool,
