@@ -123,16 +123,24 @@ def plan(
     recipe: PathLike | None = None,
     seeds: Sequence[int] | int | None = None,
     settings: Mapping[str, Any] | None = None,
+    html: PathLike | None = None,
+    lang: str = "en",
     say: Callable[[str], None] = _silent,
     **flags: Any,
 ) -> dict[str, Any]:
     """What fits on `device`, method by method, without loading or training anything; see `katei.plan`.
 
     Rows are those of `data`, or `tokens` tokens each. `device` is a card's name, a size ("8GB"), "cpu" or "auto". Flags and recipe are
-    those of `compare`.
+    those of `compare`. `html` writes the same as a page too.
     """
     from katei.study.planning import plan_methods
     from katei.study.recipe import load_recipe
+    from katei.study.report.plan import check_page, write_plan
+    from katei.study.verdicts import check_language
+
+    check_language(lang)
+    if html is not None:
+        check_page(Path(html))
 
     if data is not None and tokens is not None:
         raise RecipeError("both data and tokens are given", hint="--tokens N instead of the data, or the data alone")
@@ -146,7 +154,7 @@ def plan(
         "seeds": list(range(seeds)) if isinstance(seeds, int) else None if seeds is None else list(seeds),
     }
     resolved = load_recipe(_recipe_path(recipe), overrides, method_overrides=settings)
-    return plan_methods(
+    result = plan_methods(
         resolved,
         device,
         precisions=precisions,
@@ -154,6 +162,9 @@ def plan(
         classes=classes,
         say=say,
     )
+    if html is not None:
+        write_plan(result, Path(html), lang)
+    return result
 
 
 def evaluate(

@@ -308,6 +308,8 @@ def plan(
     batch_size: BatchSize = None,
     max_length: MaxLength = None,
     token_budget: TokenBudget = None,
+    html: Annotated[Path | None, typer.Option(help="Write the picture as a page too, an .html file.")] = None,
+    lang: Annotated[str, typer.Option(help="Of the page: en or ja.")] = "en",
     as_json: Json = False,
 ) -> None:
     """Does it fit? Memory by method and part, the largest batch and length, and the time, before anything is trained."""
@@ -331,6 +333,8 @@ def plan(
         batch_size=batch_size,
         max_length=max_length,
         token_budget=token_budget,
+        html=html,
+        lang=lang,
         say=_say,
     )
     _finish(result, as_json, lambda: print_plans(result))

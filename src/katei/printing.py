@@ -256,13 +256,8 @@ def _difference_table(pairs: list[dict[str, Any]], title: str, margin: float, wo
 
 BAR = 44
 """Characters of a device's whole memory."""
-STRIPES = {
-    "weights": ("█", "blue", ("frozen weights",)),
-    "adapters": ("▓", "green", ("adapters and heads", "gradients", "moments")),
-    "activations": ("▒", "yellow", ("activations", "attention", "scores and loss", "backward", "stream")),
-    "rest": ("░", "white", ()),
-}
-"""Part of the bar: its character, its colour, and whose bytes it holds; the last takes what no other does."""
+STRIPES = {"weights": ("█", "blue"), "adapters": ("▓", "green"), "activations": ("▒", "yellow"), "rest": ("░", "white")}
+"""Part of the bar: its character and its colour."""
 
 
 def print_plans(result: dict[str, Any]) -> None:
@@ -292,7 +287,7 @@ def print_plans(result: dict[str, Any]) -> None:
         )
     console.print(table)
     legend = Text()
-    for name, (mark, colour, _) in STRIPES.items():
+    for name, (mark, colour) in STRIPES.items():
         legend.append(f"{mark} ", style=colour)
         legend.append(f"{name}   ", style="dim")
     legend.append("│ the device's limit", style="dim")
@@ -305,16 +300,13 @@ def print_plans(result: dict[str, Any]) -> None:
 
 
 def _bar(plan: dict[str, Any], usable: int, widest: int, cells: int) -> Text:
-    bar, drawn, total = Text(), 0, 0.0
-    left = dict(plan["parts"])
-    for mark, colour, owners in STRIPES.values():
-        mine = sum(left.pop(owner, 0) for owner in owners)
-        if not owners:  # what is left, and what the device adds
-            mine = sum(left.values()) + max(0, plan["device_bytes"] - plan["live_peak_bytes"])
-        total += mine
-        stop = round(cells * total / widest)
-        bar.append(mark * max(0, stop - drawn), style=colour)
-        drawn = max(drawn, stop)
+    from katei.plan.parts import four_parts
+
+    bar, total = Text(), 0
+    for name, size in four_parts(plan["parts"], plan["device_bytes"]).items():
+        mark, colour = STRIPES[name]
+        total += size
+        bar.append(mark * max(0, round(cells * total / widest) - len(bar)), style=colour)
     bar.append(" " * (cells + 1 - len(bar)))
     limit = min(cells, round(cells * usable / widest))
     return bar[:limit] + Text("│", style="red") + bar[limit + 1 :]

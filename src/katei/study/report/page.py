@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 
 from katei import __version__
+from katei.plan.parts import four_parts
 from katei.study.comparison import MAJORITY, REFERENCES
 from katei.study.report.draw import UNIT, Axis, Band, Bin, axis, band, calibration_bins, polyline, roc_curve, thinned
 from katei.study.report.gather import HARD_SHOWN, Facts
@@ -24,7 +25,8 @@ FINISHED = ("done", "early", "diverged", "racing")
 NOT_VERSIONS = ("seconds", "memory", "methods", "warnings", "model")
 
 
-def render(facts: Facts) -> str:
+def environment_of(lang: str) -> jinja2.Environment:
+    """The pages' templates with the filters they use."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -41,12 +43,23 @@ def render(facts: Facts) -> str:
         "p": lambda p: f"{p:.3f}" if p >= 0.0005 else "< 0.001",
         "gib": lambda b: f"{b / 2**30:.2f}",
     }
-    environment.filters["duration"] = lambda seconds: duration(seconds, facts.lang)
-    words = words_of(facts.lang)
+    environment.filters["duration"] = lambda seconds: duration(seconds, lang)
+    return environment
+
+
+def speaker(lang: str) -> Callable[..., str]:
+    """`say(key, …)`: the page's words with their places filled in."""
+    words = words_of(lang)
 
     def say(key: str, **values: Any) -> str:
         return words[key].format(**values) if values else words[key]
 
+    return say
+
+
+def render(facts: Facts) -> str:
+    environment = environment_of(facts.lang)
+    say = speaker(facts.lang)
     page = environment.get_template("page.html")
     return page.render(
         say=say,
@@ -307,6 +320,7 @@ def _cost(facts: Facts) -> dict[str, Any] | None:
         "longest": longest,
         "largest": largest,
         "memory": memory,
+        "parts": four_parts(memory["parts"], memory["planned_bytes"]) if memory.get("parts") else None,
         "seconds": seconds,
     }
 
