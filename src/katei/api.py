@@ -51,6 +51,7 @@ def compare(
     its plan is refused, but for `force`.
     """
     from katei.study.recipe import load_recipe
+    from katei.study.report import write_report
     from katei.study.run import SAVE_SECONDS, run_study
 
     if isinstance(seeds, int):
@@ -65,7 +66,7 @@ def compare(
     if save_seconds is not None and not 0 <= save_seconds < float("inf"):
         raise RecipeError(f"save_seconds is {save_seconds}, but it must be 0 or more", hint="--save-seconds 60")
     resolved = load_recipe(_recipe_path(recipe), overrides, method_overrides=settings)
-    return run_study(
+    study = run_study(
         resolved,
         Path(out),
         overwrite=overwrite,
@@ -73,6 +74,8 @@ def compare(
         save_seconds=SAVE_SECONDS if save_seconds is None else save_seconds,
         force=force,
     )
+    write_report(study.run)
+    return study
 
 
 def compare_from(

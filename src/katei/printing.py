@@ -61,7 +61,12 @@ def print_study(study: Study, lang: str = "en") -> None:
         )
     )
     which = f" --trial {next(t['name'] for t in trials if t['chosen'])}" if len(trials) > 1 else ""
-    console.print(Text(f"run folder  {study.run}\nnext        katei predict {study.run} FILE.tsv{which}", style="dim"))
+    console.print(
+        Text(
+            f"run folder  {study.run}\nreport      {study.run / 'report.html'}\nnext        katei predict {study.run} FILE.tsv{which}",
+            style="dim",
+        )
+    )
 
 
 def _peak(memory: dict[str, Any]) -> str:

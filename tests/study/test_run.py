@@ -44,7 +44,11 @@ def tree(folder: Path) -> list[str]:
 
 def test_the_layout_is_the_one_in_the_design(llama: Trained) -> None:
     names = {p.name for p in llama.run.iterdir() if not p.name.startswith(".")}
-    assert names == {"recipe.toml", "environment.json", "results.json", "predictions.parquet", "trials", "identity"}
+    assert names == {"recipe.toml", "environment.json", "results.json", "predictions.parquet", "trials", "identity"} | {
+        "plan.json",
+        "report.html",
+        "results.csv",
+    }
     assert {p.name for p in (llama.run / "trials").iterdir()} == set(EVERY_METHOD)
     peft = {"adapter_config.json", "adapter_model.safetensors", "katei.json"}
     files = {name: {p.name for p in llama.trial(name).iterdir()} for name in EVERY_METHOD}
@@ -59,7 +63,7 @@ def test_the_keys_of_the_results(llama: Trained) -> None:
     study = load_study(llama.run).as_json()
     assert {"run", "trials", "seconds", "memory", "verdict"} <= set(study)
     assert set(study["seconds"]) == {"load", "train", "evaluate", "total"}
-    assert set(study["memory"]) == {"planned_bytes", "peak_bytes"}
+    assert {"planned_bytes", "peak_bytes", "parts", "where"} <= set(study["memory"])
     assert 0 < study["memory"]["peak_bytes"] < 2**36
     assert [t["name"] for t in study["trials"]] == list(EVERY_METHOD)
     for trial in study["trials"]:

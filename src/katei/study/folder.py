@@ -26,6 +26,7 @@ WRITTEN = (
     "predictions.parquet",
     "recipe.toml",
     "plan.json",
+    "report.html",
 )
 
 
