@@ -556,7 +556,7 @@ def test_nothing_but_katei_speaks_and_no_control_characters_in_a_pipe(here: Path
         assert not re.search(r"[\x00-\x08\x0b-\x1f]", said), said
     assert "lora" in done.stdout.decode()
     for line in done.stderr.decode().splitlines():
-        said = ("warning: ", "training ", "epoch ", "The split as given", "reference points: ")
+        said = ("warning: ", "training ", "epoch ", "The split as given", "reference points: ", "plan: ")
         assert line.startswith(said) or "rows/s" in line, line
     merged = elsewhere(*"merge out --trial lora --out m".split(), cwd=here)
     assert merged.returncode == 0, merged.stderr

@@ -70,8 +70,8 @@ class FullStack(Stack):
     def total(self, base: Base) -> int:
         return self.trainable
 
-    def snapshot(self, n: int) -> dict[str, Tensor]:
-        return super().snapshot(n) | {f"weights.{name}": w.detach().clone() for name, w in self.weights.items()}
+    def current(self, n: int) -> dict[str, Tensor]:
+        return super().current(n) | {f"weights.{name}": weight.detach() for name, weight in self.weights.items()}
 
     def restore_(self, n: int, snapshot: Mapping[str, Tensor]) -> None:
         super().restore_(n, snapshot)
@@ -86,7 +86,7 @@ class FullStack(Stack):
         return {}
 
     def peft_tensors(self, n: int) -> dict[str, Tensor]:
-        return {name: weight.detach().clone() for name, weight in self.weights.items()}
+        return {name: weight.detach() for name, weight in self.weights.items()}
 
     def load_peft_(self, n: int, tensors: Mapping[str, Tensor]) -> None:
         from katei.methods.contract import fill_, same

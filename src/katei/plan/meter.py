@@ -45,7 +45,7 @@ _BORN_IN: dict[CodeType, str] = {
     ActivationCache.joining.__code__: CACHE,
     Stack.__init__.__code__: ADAPTERS,
     Stack.snapshot.__code__: ADAPTERS,
-    FullStack.__init__.__code__: ADAPTERS,
+    FullStack.__init__.__code__: GRADIENTS,
     Lockstep._backward.__code__: SCORES,
     score_rows.__code__: SCORES,
 }
