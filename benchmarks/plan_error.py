@@ -1,6 +1,6 @@
 """How far off is `katei plan`? Predicted against measured peaks on this machine's CPU, case by case.
 
-    python -m benchmarks.plan_error [--quick] [--only PATTERN] [--shapes A,B] [--skip live|process]
+    python -m benchmarks.plan_error [--quick] [--only PATTERN] [--shapes A,B] [--skip live|process] [--cases :63]
 
 A case is a base's shape (random weights in a folder of their own), a method, a length profile, a batch size, a precision, a number of
 trials, and whether layers are recomputed. Each is run in two fresh processes:
@@ -175,7 +175,6 @@ def process(case: Case) -> dict[str, float]:
     )
     memory = study.environment["memory"]
     shutil.rmtree(folder)
-    print(json.dumps({"case": case.name, **memory}), file=sys.stderr)
     return {"planned": memory["planned_bytes"], "measured": memory["peak_bytes"]}
 
 
@@ -204,6 +203,7 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--skip", default="", choices=["", *PARTS])
+    parser.add_argument("--cases", default=":", help="a slice, such as :63")
     options = parser.parse_args()
     if options.part:
         values, part = json.loads(options.part)
@@ -211,7 +211,8 @@ def main() -> None:
         return
     figures = Figures("plan", quick=options.quick)
     errors: dict[str, list[float]] = {part: [] for part in PARTS if part != options.skip}
-    for case in cases(options.shapes.split(","), options.quick):
+    first, last = (int(n) if n else None for n in options.cases.split(":"))
+    for case in cases(options.shapes.split(","), options.quick)[first:last]:
         if options.only not in case.name:
             continue
         base_folder(case.shape)

@@ -199,8 +199,7 @@ class Planner:
         lasting = sum(trace.parts.get(part, 0) for part in LASTING)
         unread = self.file.unread(trace.looked_up)
         weights, live = trace.parts[WEIGHTS] - unread, trace.live_peak_bytes - unread
-        holes = 0.0 if trace.checkpointing else HOLES
-        return process_bytes(self.resident_bytes, self.file, weights, lasting, live, holes=holes)
+        return process_bytes(self.resident_bytes, self.file, weights, lasting, live, returned=trace.checkpointing)
 
     def trace(self, run: Run) -> Trace:
         if run not in self.traces:

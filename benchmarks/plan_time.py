@@ -1,0 +1,92 @@
+"""How long does an epoch take, and how long did `katei plan` say it would? On real bases, on this machine's CPU, with nothing else running.
+
+    python -m benchmarks.plan_time [--quick]
+
+Each case is calibrated anew (two seconds), predicted, then trained for one epoch and its evaluation.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Figures, arguments, quantile, say
+from katei.base.load import load_config, load_tokenizer
+from katei.base.packed import Base
+from katei.data import load_dataset
+from katei.engine.lockstep import Lockstep, Tokens, Trial
+from katei.engine.optimizer import Training
+from katei.methods import METHODS
+from katei.plan.devices import find_device
+from katei.plan.plan import Planner, Run
+from katei.plan.time import calibrate
+from katei.study.run import open_base
+
+BASES = (("smollm2", "poems-en"), ("gemma3-270m", "poems"))
+CASES = (
+    ("lora", 1, 1),
+    ("lora", 6, 1),
+    ("lora", 1, 8),
+    ("adalora", 2, 2),
+    ("prompt-tuning", 3, 1),
+    ("p-tuning", 1, 1),
+    ("prefix-tuning", 3, 1),
+    ("ia3", 1, 1),
+    ("llama-adapter", 2, 4),
+    ("head", 1, 4),
+)
+"""Method, trials in lockstep, batch size."""
+TRAIN, VALID = 24, 8
+"""Rows."""
+
+
+def rows_of(data: str, tokenizer: Any) -> tuple[Tokens, tuple[int, ...], tuple[int, ...]]:
+    pool, places = Tokens((), ()), {}
+    for name, most in (("train", TRAIN), ("valid", VALID)):
+        split = load_dataset(data).splits[name]
+        ids = tokenizer(list(split.texts[:most]))["input_ids"]
+        places[name] = tuple(range(len(pool), len(pool) + len(ids)))
+        pool += Tokens(tuple(map(tuple, ids)), split.labels[:most])
+    return pool, places["train"], places["valid"]
+
+
+def epoch(base: Base, run: Run) -> float:
+    engine = Lockstep(base, run.trials, run.classes, run.pool, token_budget=run.token_budget)
+    engine.fill_cache()
+    started = time.perf_counter()
+    while not all(state.epochs for state in engine.states):
+        engine.tick()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    options = arguments(__doc__).parse_args()
+    figures = Figures("plan", quick=options.quick)
+    cpu, errors = find_device("cpu"), []
+    for model, data in BASES[:1] if options.quick else BASES:
+        config, tokenizer = load_config(model), load_tokenizer(model)
+        base = open_base(model, "fp32", "cpu", lambda text: None, tokenizer)
+        pool, train, valid = rows_of(data, tokenizer)
+        for name, count, batch_size in CASES[:2] if options.quick else CASES:
+            training = Training(learning_rate=1e-4, epochs=2, batch_size=batch_size)
+            trials = tuple(Trial(f"{name}-{k}", METHODS[name](), k, training, train, valid) for k in range(count))
+            run = Run(trials, 2, pool)
+            machine = calibrate(config, torch.float32, torch.device("cpu"))
+            with Planner(config, "fp32", cpu, 0, machine) as planner:
+                planned = planner.seconds(run)
+            assert planned is not None
+            took = epoch(base, run)
+            errors.append(planned / took - 1)
+            case = f"{model}, {name}, {count} trials, batch {batch_size}"
+            figures.add(
+                "seconds of an epoch, planned ÷ measured - 1", "", [errors[-1]], case=case, note=f"{took:.2f} s"
+            )
+    sizes = [abs(error) for error in errors]
+    within = sum(size <= 0.25 for size in sizes)
+    say(f"{within} of {len(sizes)} within 25 %; median {quantile(sizes, 0.5):.0%}, worst {max(sizes):.0%}")
+
+
+if __name__ == "__main__":
+    main()
