@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from tests.helpers.models import CONFIGS, tiny_model
 
 from katei import api
 from katei.base.packed import Base
-from katei.core.errors import BaseError
+from katei.core.errors import BaseError, UserError
 from katei.engine.lockstep import Lockstep, Tokens, Trial
 from katei.engine.optimizer import Training
 from katei.methods import METHODS
@@ -93,3 +96,74 @@ def test_an_unknown_device_names_the_nearest() -> None:
     with pytest.raises(BaseError) as refused:
         find_device("rtx2071")
     assert "rtx2070" in (refused.value.hint or "")
+
+
+def test_nf4_is_half_a_byte_and_a_scale_for_each_block() -> None:
+    run = run_of("lora", trials=1, batch_size=1)
+    with Planner(CONFIGS["llama"], "nf4", CPU) as planner:
+        nf4 = planner.trace(run)
+    with Planner(CONFIGS["llama"], "bf16", CPU) as planner:
+        half = planner.trace(run)
+    base = Base(tiny_model("llama"))
+    embedding = base.model.get_input_embeddings().weight
+    matrices = [w for w in base.model.parameters() if w.dim() == 2 and w is not embedding]
+    saved = sum(2 * w.numel() - -(-w.numel() // 2) - 4 * -(-w.numel() // 64) for w in matrices)
+    assert half.parts["frozen weights"] - nf4.parts["frozen weights"] == saved
+    assert nf4.parts["a weight, dequantised"] == 2 * max(w.numel() for w in matrices)
+
+
+def test_full_fine_tuning_leaves_the_base_of_the_others_alone() -> None:
+    lora, full = (run_of(name, trials=1, batch_size=1) for name in ("lora", "full"))
+    with Planner(CONFIGS["llama"], "fp32", CPU) as planner:
+        alone = planner.trace(lora)
+    with Planner(CONFIGS["llama"], "fp32", CPU) as planner:
+        planner.trace(full)
+        assert planner.trace(lora) == alone
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_fits_most_fits_and_one_more_step_does_not(name: str) -> None:
+    run = run_of(name, trials=1, batch_size=1)
+    with Planner(CONFIGS["llama"], "fp32", CPU) as planner:
+        need = planner.need(planner.trace(run))
+        room = replace(CPU, usable_bytes=need + (3 << 20))
+    with Planner(CONFIGS["llama"], "fp32", room) as planner:
+        plan = planner.plan(run)
+        assert plan.fits
+        for n, shape in ((plan.max_tokens, (1, 0)), (plan.max_batch_size, (0, 1))):
+
+            def live(k: int, shape: tuple[int, int] = shape) -> int:
+                rows, tokens = (1, k) if shape == (1, 0) else (k, run.longest)
+                return planner.trace(run.with_rows(rows, tokens, planner.vocabulary)).live_peak_bytes
+
+            assert live(n) <= planner.live_limit(run)
+            if n < planner.positions:
+                assert live(int(n * 1.03) + 2) > planner.live_limit(run)
+
+
+def test_the_page_has_the_plans_numbers(tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    result = api.plan(model="llm-jp-3-150m", methods=["lora", "full"], device="8GB", tokens=20, html=page, lang="ja")
+    text = page.read_text(encoding="utf-8")
+    for plan in result["plans"]:
+        assert f'value="{plan["device_bytes"]}"' in text
+    assert '<html lang="ja">' in text
+    assert "http" not in text.replace("http-equiv", "")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"precisions": ["fp8"]}, "no precision 'fp8'"),
+        ({"tokens": 0}, "tokens is 0"),
+        ({"tokens": 10**6}, "this base reads 4,096 at most"),
+        ({"tokens": 8, "classes": 1}, "classes is 1"),
+        ({"html": "plan.txt"}, "no name for it"),
+        ({"model": "llm-jp/llm-jp-3-1.9b"}, "llm-jp-3-1.9b"),
+        ({"methods": ["lara"]}, "no method is named 'lara'"),
+        ({"lang": "fr"}, "fr"),
+    ],
+)
+def test_a_mistake_is_named(asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        api.plan(**{"model": "llm-jp-3-150m", "device": "8GB", **asked})

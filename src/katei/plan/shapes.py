@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 
 def _shape(
-    kind: str, vocab: int, width: int, layers: int, heads: int, kv_heads: int, mlp: int, **more: Any
+    kind: str, vocab: int, width: int, layers: int, heads: int, kv_heads: int, mlp: int, positions: int, **more: Any
 ) -> dict[str, Any]:
     return {
         "model_type": kind,
@@ -21,6 +21,7 @@ def _shape(
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "intermediate_size": mlp,
+        "max_position_embeddings": positions,
         **more,
     }
 
@@ -31,31 +32,37 @@ _QWEN3 = {"head_dim": 128}
 _GEMMA3 = {"head_dim": 256, "sliding_window": 512, "tie_word_embeddings": True}
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "llm-jp/llm-jp-3-150m": _shape("llama", 99584, 512, 12, 8, 8, 2048),
-    "llm-jp/llm-jp-3-440m": _shape("llama", 99584, 1024, 16, 8, 8, 3584),
-    "llm-jp/llm-jp-3-980m": _shape("llama", 99584, 1536, 20, 8, 8, 5376),
-    "llm-jp/llm-jp-3-1.8b": _shape("llama", 99584, 2048, 24, 16, 16, 7168),
-    "llm-jp/llm-jp-3-3.7b": _shape("llama", 99584, 3072, 28, 24, 24, 8192),
-    "llm-jp/llm-jp-3-7.2b": _shape("llama", 99584, 4096, 32, 32, 32, 11008),
-    "llm-jp/llm-jp-3-13b": _shape("llama", 99584, 5120, 40, 40, 40, 13824),
-    "HuggingFaceTB/SmolLM2-135M": _shape("llama", 49152, 576, 30, 9, 3, 1536, tie_word_embeddings=True),
-    "HuggingFaceTB/SmolLM2-360M": _shape("llama", 49152, 960, 32, 15, 5, 2560, tie_word_embeddings=True),
-    "HuggingFaceTB/SmolLM2-1.7B": _shape("llama", 49152, 2048, 24, 32, 32, 8192, tie_word_embeddings=True),
-    "TinyLlama/TinyLlama_v1.1": _shape("llama", 32000, 2048, 22, 32, 4, 5632),
-    "meta-llama/Llama-3.2-1B": _shape("llama", 128256, 2048, 16, 32, 8, 8192, head_dim=64, tie_word_embeddings=True),
-    "meta-llama/Llama-3.2-3B": _shape("llama", 128256, 3072, 28, 24, 8, 8192, tie_word_embeddings=True, **_LLAMA3),
-    "meta-llama/Llama-3.1-8B": _shape("llama", 128256, 4096, 32, 32, 8, 14336, **_LLAMA3),
-    "mistralai/Mistral-7B-v0.3": _shape("mistral", 32768, 4096, 32, 32, 8, 14336, head_dim=128, sliding_window=None),
-    "Qwen/Qwen2.5-0.5B": _shape("qwen2", 151936, 896, 24, 14, 2, 4864, **_QWEN25_TIED),
-    "Qwen/Qwen2.5-1.5B": _shape("qwen2", 151936, 1536, 28, 12, 2, 8960, **_QWEN25_TIED),
-    "Qwen/Qwen2.5-3B": _shape("qwen2", 151936, 2048, 36, 16, 2, 11008, **_QWEN25_TIED),
-    "Qwen/Qwen2.5-7B": _shape("qwen2", 152064, 3584, 28, 28, 4, 18944),
-    "Qwen/Qwen3-0.6B": _shape("qwen3", 151936, 1024, 28, 16, 8, 3072, tie_word_embeddings=True, **_QWEN3),
-    "Qwen/Qwen3-1.7B": _shape("qwen3", 151936, 2048, 28, 16, 8, 6144, tie_word_embeddings=True, **_QWEN3),
-    "Qwen/Qwen3-4B": _shape("qwen3", 151936, 2560, 36, 32, 8, 9728, tie_word_embeddings=True, **_QWEN3),
-    "Qwen/Qwen3-8B": _shape("qwen3", 151936, 4096, 36, 32, 8, 12288, **_QWEN3),
-    "google/gemma-3-270m": _shape("gemma3_text", 262144, 640, 18, 4, 1, 2048, **_GEMMA3),
-    "google/gemma-3-1b-pt": _shape("gemma3_text", 262144, 1152, 26, 4, 1, 6912, **_GEMMA3),
+    "llm-jp/llm-jp-3-150m": _shape("llama", 99584, 512, 12, 8, 8, 2048, 4096),
+    "llm-jp/llm-jp-3-440m": _shape("llama", 99584, 1024, 16, 8, 8, 3584, 4096),
+    "llm-jp/llm-jp-3-980m": _shape("llama", 99584, 1536, 20, 8, 8, 5376, 4096),
+    "llm-jp/llm-jp-3-1.8b": _shape("llama", 99584, 2048, 24, 16, 16, 7168, 4096),
+    "llm-jp/llm-jp-3-3.7b": _shape("llama", 99584, 3072, 28, 24, 24, 8192, 4096),
+    "llm-jp/llm-jp-3-7.2b": _shape("llama", 99584, 4096, 32, 32, 32, 11008, 4096),
+    "llm-jp/llm-jp-3-13b": _shape("llama", 99584, 5120, 40, 40, 40, 13824, 4096),
+    "HuggingFaceTB/SmolLM2-135M": _shape("llama", 49152, 576, 30, 9, 3, 1536, 8192, tie_word_embeddings=True),
+    "HuggingFaceTB/SmolLM2-360M": _shape("llama", 49152, 960, 32, 15, 5, 2560, 8192, tie_word_embeddings=True),
+    "HuggingFaceTB/SmolLM2-1.7B": _shape("llama", 49152, 2048, 24, 32, 32, 8192, 8192, tie_word_embeddings=True),
+    "TinyLlama/TinyLlama_v1.1": _shape("llama", 32000, 2048, 22, 32, 4, 5632, 2048),
+    "meta-llama/Llama-3.2-1B": _shape(
+        "llama", 128256, 2048, 16, 32, 8, 8192, 131072, head_dim=64, tie_word_embeddings=True
+    ),
+    "meta-llama/Llama-3.2-3B": _shape(
+        "llama", 128256, 3072, 28, 24, 8, 8192, 131072, tie_word_embeddings=True, **_LLAMA3
+    ),
+    "meta-llama/Llama-3.1-8B": _shape("llama", 128256, 4096, 32, 32, 8, 14336, 131072, **_LLAMA3),
+    "mistralai/Mistral-7B-v0.3": _shape(
+        "mistral", 32768, 4096, 32, 32, 8, 14336, 32768, head_dim=128, sliding_window=None
+    ),
+    "Qwen/Qwen2.5-0.5B": _shape("qwen2", 151936, 896, 24, 14, 2, 4864, 32768, **_QWEN25_TIED),
+    "Qwen/Qwen2.5-1.5B": _shape("qwen2", 151936, 1536, 28, 12, 2, 8960, 32768, **_QWEN25_TIED),
+    "Qwen/Qwen2.5-3B": _shape("qwen2", 151936, 2048, 36, 16, 2, 11008, 32768, **_QWEN25_TIED),
+    "Qwen/Qwen2.5-7B": _shape("qwen2", 152064, 3584, 28, 28, 4, 18944, 131072),
+    "Qwen/Qwen3-0.6B": _shape("qwen3", 151936, 1024, 28, 16, 8, 3072, 40960, tie_word_embeddings=True, **_QWEN3),
+    "Qwen/Qwen3-1.7B": _shape("qwen3", 151936, 2048, 28, 16, 8, 6144, 40960, tie_word_embeddings=True, **_QWEN3),
+    "Qwen/Qwen3-4B": _shape("qwen3", 151936, 2560, 36, 32, 8, 9728, 40960, tie_word_embeddings=True, **_QWEN3),
+    "Qwen/Qwen3-8B": _shape("qwen3", 151936, 4096, 36, 32, 8, 12288, 40960, **_QWEN3),
+    "google/gemma-3-270m": _shape("gemma3_text", 262144, 640, 18, 4, 1, 2048, 32768, **_GEMMA3),
+    "google/gemma-3-1b-pt": _shape("gemma3_text", 262144, 1152, 26, 4, 1, 6912, 32768, **_GEMMA3),
 }
 
 
