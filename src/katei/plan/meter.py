@@ -61,8 +61,6 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.events: list[tuple[int, int]] = []
         self.by_owner: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
-        self.peak_event = 0
-        """Place in `events` of the birth that made the peak."""
         self._known: dict[int, tuple[int, int, str]] = {}
         """Serial, bytes and owner by the storage's address."""
 
@@ -87,7 +85,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def forget_peak(self) -> None:
         """Count the peak from here on."""
-        self.peak, self.at_peak, self.peak_event = self.live, self.by_owner.copy(), len(self.events)
+        self.peak, self.at_peak = self.live, self.by_owner.copy()
 
     def _meet(self, tensor: Tensor, owner: str | None, size: int | None = None) -> None:
         storage = tensor.untyped_storage()
@@ -102,7 +100,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live += size
         self.by_owner[owner] += size
         if self.live > self.peak:
-            self.peak, self.peak_event, self.at_peak = self.live, serial, self.by_owner.copy()
+            self.peak, self.at_peak = self.live, self.by_owner.copy()
         weakref.finalize(storage, self._gone, key)
 
     def _gone(self, key: int) -> None:
