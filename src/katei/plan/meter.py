@@ -83,10 +83,6 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 self._meet(tensor, owner, stored(tensor) if stored else None)
 
-    def forget_peak(self) -> None:
-        """Count the peak from here on."""
-        self.peak, self.at_peak = self.live, self.by_owner.copy()
-
     def _meet(self, tensor: Tensor, owner: str | None, size: int | None = None) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
