@@ -112,6 +112,18 @@ def test_nf4_is_half_a_byte_and_a_scale_for_each_block() -> None:
     assert nf4.parts["a weight, dequantised"] == 2 * max(w.numel() for w in matrices)
 
 
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_method_is_planned_for_every_family_on_a_card(family: str, name: str) -> None:
+    with Planner(CONFIGS[family], "fp32", find_device("8GB")) as planner:
+        trace = planner.trace(run_of(name, trials=1, batch_size=2))
+        assert planner.need(trace) > trace.live_peak_bytes
+    inside = trace.parts.get("activations", 0) + trace.parts.get("attention", 0)
+    assert sum(trace.layers) <= inside
+    if trace.where == "train" and name not in ("llama-adapter", "head"):  # whose lower layers keep nothing
+        assert all(trace.layers[:-1]), "backward may have begun with the last one"
+
+
 def test_full_fine_tuning_leaves_the_base_of_the_others_alone() -> None:
     lora, full = (run_of(name, trials=1, batch_size=1) for name in ("lora", "full"))
     with Planner(CONFIGS["llama"], "fp32", CPU) as planner:

@@ -192,11 +192,6 @@ def attention(
         if causal and visible is None:
             visible = torch.ones(q_BHLK.shape[2], k_BGLK.shape[2], dtype=torch.bool).tril_()
         return _ShortAttention.apply(q_BHLK, k_BGLK, v_BGLK, scaling, visible)  # type: ignore[no-any-return, no-untyped-call]
-    groups = heads // k_BGLK.shape[1]
-    if groups > 1 and device_kind(q_BHLK) == "cuda":
-        # there grouped heads in float32, or with a mask, would go the way that keeps every score; its memory-efficient kernel
-        # takes equal numbers of heads alone
-        k_BGLK, v_BGLK = (x.repeat_interleave(groups, 1) for x in (k_BGLK, v_BGLK))
     return torch_attention(q_BHLK, k_BGLK, v_BGLK, scaling, visible, causal and visible is None)
 
 
@@ -206,6 +201,11 @@ def torch_attention(
     """torch's own, by the kernel it picks on the device; on "meta" by the one it picks on the planned device
     (aten/native/transformers/attention.cpp), since for "meta" itself it picks the one that keeps every score.
     """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and device_kind(q) == "cuda":
+        # there grouped heads in float32, or with a mask, would go the way that keeps every score; its memory-efficient kernel
+        # takes equal numbers of heads alone
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     if not shapes_only(q):
         gqa = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(

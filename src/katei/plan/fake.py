@@ -45,6 +45,8 @@ class Trace:
     live_peak_bytes: int
     parts: dict[str, int]
     """Bytes by owner at that peak."""
+    layers: tuple[int, ...]
+    """Of these, what each layer made going forward: activations and attention."""
     where: str
     """The peak's place: train or evaluate."""
     trainable: int
@@ -117,6 +119,7 @@ def trace_study(
             events=tuple(meter.events),
             live_peak_bytes=meter.peak,
             parts={owner: size for owner, size in meter.at_peak.items() if size},
+            layers=tuple(meter.layers_at_peak[layer] for layer in range(base.depth)),
             where=where,
             trainable=stack.trainable,
             total=stack.total(base),

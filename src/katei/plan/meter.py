@@ -2,6 +2,7 @@
 
     with Meter() as meter:                live, peak           bytes now, at most
         …                                 at_peak              bytes by owner when there were most
+                                          layers_at_peak       of these, what each layer of the base made going forward
                                           events               (serial, bytes) of each birth, (serial, -1) of each end, in order
 
 Whose a storage is, is read off the call stack when it is born: what `Base.attend` makes is attention's, what `AdamW.step_` makes
@@ -61,8 +62,10 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.events: list[tuple[int, int]] = []
         self.by_owner: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
-        self._known: dict[int, tuple[int, int, str]] = {}
-        """Serial, bytes and owner by the storage's address."""
+        self.by_layer: Counter[int] = Counter()
+        self.layers_at_peak: Counter[int] = Counter()
+        self._known: dict[int, tuple[int, int, str, int | None]] = {}
+        """Serial, bytes, owner and layer by the storage's address."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -76,10 +79,10 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
             if key in self._known:
-                serial, size, before = self._known[key]
+                serial, size, before, layer = self._known[key]
                 self.by_owner[before] -= size
                 self.by_owner[owner] += size
-                self._known[key] = (serial, size, owner)
+                self._known[key] = (serial, size, owner, layer)
             else:
                 self._meet(tensor, owner, stored(tensor) if stored else None)
 
@@ -90,29 +93,36 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         size = storage.nbytes() if size is None else size
         serial = len(self.events)
-        owner = owner or _owner()
-        self._known[key] = (serial, size, owner)
+        owner, layer = (owner, None) if owner else _owner()
+        self._known[key] = (serial, size, owner, layer)
         self.events.append((serial, size))
         self.live += size
         self.by_owner[owner] += size
+        if layer is not None:
+            self.by_layer[layer] += size
         if self.live > self.peak:
-            self.peak, self.at_peak = self.live, self.by_owner.copy()
+            self.peak, self.at_peak, self.layers_at_peak = self.live, self.by_owner.copy(), self.by_layer.copy()
         weakref.finalize(storage, self._gone, key)
 
     def _gone(self, key: int) -> None:
-        serial, size, owner = self._known.pop(key)
+        serial, size, owner, layer = self._known.pop(key)
         self.events.append((serial, -1))
         self.live -= size
         self.by_owner[owner] -= size
+        if layer is not None:
+            self.by_layer[layer] -= size
 
 
-def _owner() -> str:
+def _owner() -> tuple[str, int | None]:
+    """Whose the storage is that is being made, and in which layer."""
     if torch._C._current_graph_task_id() != -1:
-        return BACKWARD
-    frame = sys._getframe(3)
+        return BACKWARD, None
+    found, frame = None, sys._getframe(3)
     while frame is not None:
-        found = _BORN_IN.get(frame.f_code)
-        if found is not None:
-            return found
+        found = found or _BORN_IN.get(frame.f_code)
+        if frame.f_code is Base._run_layers.__code__:
+            return found or LAYERS, frame.f_locals.get("index")  # none yet: what all layers share
+        if found and found != ATTENTION:
+            break
         frame = frame.f_back  # type: ignore[assignment]
-    return STREAM
+    return found or STREAM, None

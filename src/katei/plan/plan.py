@@ -55,6 +55,8 @@ class Plan:
     """What the device must have for them: segments, context and workspace (CUDA); the process (CPU)."""
     parts: dict[str, int]
     """Live bytes by owner at the peak."""
+    layers: tuple[int, ...]
+    """Of these, what each layer made going forward."""
     where: str
     """The peak's place: train or evaluate."""
     fits: bool
@@ -164,6 +166,7 @@ class Planner:
             live_peak_bytes=trace.live_peak_bytes,
             device_bytes=need,
             parts=trace.parts,
+            layers=trace.layers,
             where=trace.where,
             fits=room >= 0,
             max_tokens=self.longest_text(run),
