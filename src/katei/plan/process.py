@@ -64,10 +64,3 @@ def process_bytes(
     holes = 0 if returned else int(HOLES * (live_peak - weights - lasting))
     running = live_peak + holes + (SCRATCH_RETURNED if returned else SCRATCH_BYTES)
     return resident + max(loading, running)
-
-
-def resident_bytes() -> int:
-    """Of this process, now."""
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from katei.core.errors import RunError
+from katei.core.machine import resident_bytes
 from katei.engine.lockstep import Tokens
 from katei.methods.full import Full
 from katei.plan.devices import Device
 from katei.plan.plan import Planner, Run
-from katei.plan.process import resident_bytes
 from katei.study.recipe import Recipe
 from katei.study.trials import Planned, groups_of
 
@@ -42,6 +42,8 @@ class Fit:
     parts: dict[str, int]
     """Live bytes by owner at that peak, and its place: train or evaluate."""
     where: str
+    alone: dict[str, int] = field(default_factory=dict)
+    """What one trial of each method would take by itself."""
 
     @property
     def fits(self) -> bool:
@@ -113,13 +115,19 @@ def fit_study(asked: Asked, config: PreTrainedConfig, device: Device, *, force: 
             most = -(-most // 2)
             found = _planned(planner, asked, asked.planned, budget, most)
         if found.fits or force:
-            return found if found.fits else first
-        alone = [(p, _planned(planner, asked, [p], budget, 1)) for p in _one_of_each(asked)]
-    heaviest, need = max(alone, key=lambda pair: pair[1].planned_bytes)
+            chosen = found if found.fits else first
+            one_of_each = {p.method: p for p in reversed(asked.planned)}
+            alone = {
+                name: _planned(planner, asked, [one_of_each[name]], chosen.token_budget, 1).planned_bytes
+                for name in dict.fromkeys(p.method for p in asked.planned)
+            }
+            return replace(chosen, alone=alone)
+        each = [(p, _planned(planner, asked, [p], budget, 1)) for p in _one_of_each(asked)]
+    heaviest, need = max(each, key=lambda pair: pair[1].planned_bytes)
     raise RunError(
         f"{heaviest.method} does not fit: it needs {_gib(need.planned_bytes)} of the {_gib(device.usable_bytes)} that "
         f"{device.name} has free",
-        hint=_instead(asked, config, device, [p.method for p, fit in alone if fit.fits]),
+        hint=_instead(asked, config, device, [p.method for p, fit in each if fit.fits]),
     )
 
 

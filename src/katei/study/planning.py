@@ -18,12 +18,12 @@ from katei.base.builtin import BUILTINS
 from katei.base.device import PRECISIONS
 from katei.base.load import load_config, load_tokenizer
 from katei.core.errors import BaseError, RecipeError, RunError, nearest
+from katei.core.machine import resident_bytes
 from katei.data import load_dataset
 from katei.engine.lockstep import Tokens, Trial
 from katei.methods.full import Full
 from katei.plan.devices import Device, find_device
 from katei.plan.plan import NF4, Plan, Planner, Run, synthetic
-from katei.plan.process import resident_bytes
 from katei.plan.shapes import SHAPES, bundled
 from katei.plan.time import calibrate
 from katei.study.recipe import Recipe

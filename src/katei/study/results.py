@@ -335,5 +335,6 @@ def environment_of(
             "token_budget": fit.token_budget,
             "trials_at_once": fit.most,
         },
+        "methods": {name: {"planned_bytes": size} for name, size in fit.alone.items()},
         "warnings": list(warnings),
     }
