@@ -1,13 +1,17 @@
 """How long does an epoch take, and how long did `katei plan` say it would? On real bases, on this machine's CPU, with nothing else running.
 
-    python -m benchmarks.plan_time [--quick]
+    python -m benchmarks.plan_time [--quick] [--own]
 
-Each case is calibrated anew (two seconds), predicted, then trained for one epoch and its evaluation.
+Each case is calibrated anew (two seconds), predicted, then trained for one epoch and its evaluation. And what planning itself takes, in
+seconds and memory of all its processes: the six methods of a 1.8 B base for an 8 GB card (`--own`: that alone).
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,7 +22,7 @@ from katei.base.packed import Base
 from katei.data import load_dataset
 from katei.engine.lockstep import Lockstep, Tokens, Trial
 from katei.engine.optimizer import Training
-from katei.methods import METHODS
+from katei.methods import BOOK, METHODS
 from katei.plan.devices import find_device
 from katei.plan.plan import Planner, Run
 from katei.plan.time import calibrate
@@ -40,6 +44,7 @@ CASES = (
 """Method, trials in lockstep, batch size."""
 TRAIN, VALID = 24, 8
 """Rows."""
+BIG = "llm-jp/llm-jp-3-1.8b"
 
 
 def rows_of(data: str, tokenizer: Any) -> tuple[Tokens, tuple[int, ...], tuple[int, ...]]:
@@ -61,9 +66,37 @@ def epoch(base: Base, run: Run) -> float:
     return time.perf_counter() - started
 
 
+def own_cost(figures: Figures) -> None:
+    """Proportional set sizes are added, so that what forked processes share counts once."""
+    import psutil
+
+    methods = ",".join(BOOK)
+    command = [sys.executable, "-W", "ignore", "-m", "katei.cli", "plan", "--tokens", "60", "--model", BIG]
+    took, most = [], 0
+    for _ in range(3):
+        started = time.perf_counter()
+        planning = subprocess.Popen([*command, "--device", "rtx2070", "--method", methods], stdout=subprocess.DEVNULL)
+        whole = psutil.Process(planning.pid)
+        while planning.poll() is None:
+            with suppress(psutil.Error):
+                most = max(most, sum(p.memory_full_info().pss for p in [whole, *whole.children(recursive=True)]))
+            time.sleep(0.05)
+        took.append(time.perf_counter() - started)
+        assert planning.returncode == 0
+    case = f"{BIG}, {len(BOOK)} methods, rtx2070"
+    figures.add("planning itself", "s", took, case=case, bound=20)
+    figures.add("planning itself, memory", "GiB", [most / 2**30], case=case, bound=1.5)
+
+
 def main() -> None:
-    options = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--own", action="store_true")
+    options = parser.parse_args()
     figures = Figures("plan", quick=options.quick)
+    if not options.quick:
+        own_cost(figures)
+    if options.own:
+        return
     cpu, errors = find_device("cpu"), []
     for model, data in BASES[:1] if options.quick else BASES:
         config, tokenizer = load_config(model), load_tokenizer(model)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -69,19 +69,24 @@ class Reference:
 
 
 def reference_outcomes(
+    names: Sequence[str],
     texts: Sequence[str],
     labels: Sequence[int],
     label_names: Sequence[str],
     parts: Sequence[Part],
-    language_model: LanguageModel | None = None,
+    open_model: Callable[[], LanguageModel],
     *,
     max_length: int = 200,
     token_budget: int = 1024,
 ) -> list[Reference]:
-    """Every reference point on every part; zero-shot only where there is a `language_model`."""
-    found = [majority(labels, len(label_names), parts), tfidf(texts, labels, len(label_names), parts)]
-    if language_model is not None:
-        found.append(zero_shot(language_model, texts, label_names, parts, max_length, token_budget))
+    """Those of the reference points in `names` that are no methods, on every part. `open_model` is called if zero-shot needs it."""
+    found = []
+    if MAJORITY in names:
+        found.append(majority(labels, len(label_names), parts))
+    if TFIDF in names:
+        found.append(tfidf(texts, labels, len(label_names), parts))
+    if ZERO_SHOT in names:
+        found.append(zero_shot(open_model, texts, label_names, parts, max_length, token_budget))
     return found
 
 
@@ -169,7 +174,7 @@ def prompt_language(label_names: Sequence[str]) -> str:
 
 
 def zero_shot(
-    model: LanguageModel,
+    open_model: Callable[[], LanguageModel],
     texts: Sequence[str],
     label_names: Sequence[str],
     parts: Sequence[Part],
@@ -183,7 +188,7 @@ def zero_shot(
         note = f"left out: a base that was told nothing cannot know what {named} {'mean' if len(mute) > 1 else 'means'}"
         return Reference(ZERO_SHOT, None, note)
     rows = sorted({i for part in parts for i in part.test})
-    score_EC = label_log_probabilities(model, [texts[i] for i in rows], label_names, max_length, token_budget)
+    score_EC = label_log_probabilities(open_model(), [texts[i] for i in rows], label_names, max_length, token_budget)
     power_EC = np.exp(score_EC - score_EC.max(1, keepdims=True))
     probability = dict(zip(rows, power_EC / power_EC.sum(1, keepdims=True), strict=True))
     prompt, _ = PROMPTS[prompt_language(label_names)]

@@ -31,8 +31,7 @@ from katei.data import Dataset, Split, cut_warnings, load_dataset
 from katei.engine.lockstep import Tokens
 from katei.methods.full import Full
 from katei.plan.devices import this_device
-from katei.study import references as reference_points
-from katei.study.comparison import MAJORITY, TFIDF, ZERO_SHOT
+from katei.study.comparison import TFIDF
 from katei.study.design import design_study
 from katei.study.fit import Asked, fit_study, read_fit, said_of
 from katei.study.folder import (
@@ -48,7 +47,7 @@ from katei.study.folder import (
 )
 from katei.study.learning_curve import learning_curve, subset_trials
 from katei.study.recipe import Recipe
-from katei.study.references import LanguageModel, Part, Reference, says_something
+from katei.study.references import LanguageModel, Part, Reference, reference_outcomes
 from katei.study.results import environment_of, partial_results, results_of, write_predictions
 from katei.study.training import Job, Quiet, Watcher, ended_of, train_group
 from katei.study.trials import Ended, Planned, planned_trials
@@ -223,20 +222,23 @@ def _references(job: Job) -> list[Reference]:
     texts = [text for split in dataset.splits.values() for text in split.texts]
     labels = job.pool.labels
     parts = [Part(c.repeat, c.fold, c.seed, c.train, c.test) for c in job.design.cells]
-    found = []
-    if MAJORITY in recipe.references:
-        found.append(reference_points.majority(labels, len(names), parts))
+
+    def open_model() -> LanguageModel:
+        job.watcher.say("reference points: zero-shot with the base")
+        loaded = load_causal_lm(recipe.model, precision=recipe.precision, device=recipe.device)
+        whole: Any = loaded.model
+        base = Base(whole.base_model, loaded.tokenizer, name=recipe.model, fingerprint=loaded.fingerprint)
+        return LanguageModel(base, whole.get_output_embeddings())
+
     if TFIDF in recipe.references:
         job.watcher.say("reference points: TF-IDF with logistic regression")
-        found.append(reference_points.tfidf(texts, labels, len(names), parts))
-    if ZERO_SHOT in recipe.references:
-        if all(says_something(name) for name in names):
-            job.watcher.say("reference points: zero-shot with the base")
-            loaded = load_causal_lm(recipe.model, precision=recipe.precision, device=recipe.device)
-            whole: Any = loaded.model
-            base = Base(whole.base_model, loaded.tokenizer, name=recipe.model, fingerprint=loaded.fingerprint)
-            model = LanguageModel(base, whole.get_output_embeddings())
-        else:
-            model = LanguageModel(None, None)  # type: ignore[arg-type]  # the note says why nobody asks it
-        found.append(reference_points.zero_shot(model, texts, names, parts, recipe.max_length, recipe.token_budget))
-    return found
+    return reference_outcomes(
+        recipe.references,
+        texts,
+        labels,
+        names,
+        parts,
+        open_model,
+        max_length=recipe.max_length,
+        token_budget=recipe.token_budget,
+    )
