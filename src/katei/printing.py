@@ -49,8 +49,10 @@ def print_study(study: Study, lang: str = "en") -> None:
     if results["tuning"]:
         console.print(Text(_tuning_line(results["tuning"], len(trials))))
     if results["learning_curve"]:
+        from katei.study.verdicts import more_labels
+
         console.print(_curve_table(results["learning_curve"]["points"]))
-        console.print(Text(results["learning_curve"]["verdict"]))
+        console.print(Text(more_labels(results["learning_curve"]["last_doubling"], lang)))
     _print_verdict(results, console, lang)
     seconds, memory = study.environment["seconds"], study.environment["memory"]
     console.print(

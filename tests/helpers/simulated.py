@@ -22,7 +22,7 @@ from katei.study.comparison import REFERENCES, Outcome, Rows
 from katei.study.recipe import Recipe
 from katei.study.results import test_scores
 from katei.study.statistics import compare_outcomes
-from katei.study.verdicts import verdict
+from katei.study.verdicts import more_labels, verdict
 from tests.helpers.rows import some_texts
 
 HOSTILE = "<script>alert('詩')</script> & <img src=https://example.invalid/x.png> \"引用\""
@@ -189,4 +189,6 @@ def _learning_curve(rng: np.random.Generator) -> dict[str, Any]:
             point = {"method": method, "share": share, "train_rows": int(40 * share), "accuracy": accuracy}
             point |= {"accuracy_interval": [accuracy - 0.09, min(accuracy + 0.08, 1.0)]}
             points.append(point | {"roc_auc": accuracy + 0.03, "roc_auc_interval": [accuracy - 0.05, 0.99]})
-    return {"points": points, "verdict": "More labels would help: lora gained 0.06 from the last doubling."}
+    doubled = {"method": "lora", "half_rows": 20, "all_rows": 40, "margin": 0.05, "answer": "yes"}
+    doubled |= {"gain": 0.06, "interval": [0.01, 0.11]}
+    return {"points": points, "last_doubling": doubled, "verdict": more_labels(doubled)}

@@ -130,6 +130,12 @@ def test_the_learning_curve_is_of_the_chosen_setting_on_the_same_rows(tuned: Stu
     assert len(subsets) == 3 * len(chosen)
     assert all(chosen[t["method"], t["repeat"], t["fold"]]["settings"] == t["settings"] for t in subsets)
     assert "more labels" in curve["verdict"].lower()
+    doubled = curve["last_doubling"]
+    best = max((p for p in curve["points"] if p["share"] == 1), key=lambda p: p["accuracy"])
+    half = next(p for p in curve["points"] if (p["method"], p["share"]) == (doubled["method"], 0.5))
+    assert doubled["method"] == best["method"]
+    assert doubled["gain"] == pytest.approx(best["accuracy"] - half["accuracy"])
+    assert doubled["interval"][0] <= doubled["gain"] <= doubled["interval"][1]
 
 
 def test_racing_changes_no_choice_here_and_no_racing_trains_on(place: Any, tuned: Study, tmp_path: Path) -> None:

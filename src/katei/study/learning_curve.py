@@ -8,17 +8,19 @@ fewer rows are fewer steps as well; the validation rows are the cell's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from katei.study.comparison import Outcome, Rows
 from katei.study.design import StudyDesign
 from katei.study.recipe import Recipe
 from katei.study.results import answers_of, outcome_of, rows_of
 from katei.study.statistics import compare_outcomes
 from katei.study.trials import Ended, Planned, on_share
+from katei.study.verdicts import more_labels
 
 SHARES = (0.125, 0.25, 0.5)
 
@@ -50,7 +52,7 @@ def nested_subset(rows: Sequence[int], labels: Sequence[int], share: float, seed
 def learning_curve(
     ended: Sequence[Ended], recipe: Recipe, design: StudyDesign, labels: Sequence[int], label_names: Sequence[str]
 ) -> dict[str, Any] | None:
-    """`points` and `verdict`; None without test rows. `ended` holds the whole trials as well as the subsets'."""
+    """`points`, `last_doubling` and `verdict`; None without test rows. `ended` holds the whole trials as well as the subsets'."""
     if not design.rows:
         return None
     rows, points, outcomes = rows_of(design, labels, label_names), [], {}
@@ -65,29 +67,28 @@ def learning_curve(
                 estimate = estimates.get(metric)
                 point |= {metric: estimate and estimate.value, f"{metric}_interval": estimate and estimate.interval}
             points.append(point)
+    doubled = _last_doubling(points, outcomes, rows, recipe)
+    return {"points": points, "last_doubling": doubled, "verdict": more_labels(doubled)}
+
+
+def _last_doubling(
+    points: Sequence[dict[str, Any]], outcomes: Mapping[tuple[str, float], Outcome], rows: Rows, recipe: Recipe
+) -> dict[str, Any]:
+    """What the method with the highest accuracy gained by it; `answer` says whether more labels would help: yes, hardly, unknown."""
     whole = [p for p in points if p["share"] == 1 and p["method"] not in recipe.references]
     if not whole:
-        return {"points": points, "verdict": "No method was trained to its end on all rows."}
+        return {"answer": "untrained"}
     best = max(whole, key=lambda p: p["accuracy"])
-    return {"points": points, "verdict": _verdict(best, points, outcomes, rows, recipe.margin)}
-
-
-def _verdict(best: dict[str, Any], points: Sequence[dict[str, Any]], outcomes: Any, rows: Any, margin: float) -> str:
-    """Of the method with the highest accuracy: what its last doubling gained."""
     name, all_rows = best["method"], best["train_rows"]
     half = next((p for p in points if p["method"] == name and p["share"] == 0.5), None)
+    found = {"method": name, "all_rows": all_rows, "margin": recipe.margin}
     if half is None:
-        return f"{name} has too few training rows to take half of them away."
+        return {**found, "answer": "too few"}
     sizes = f"{all_rows} rows", f"{half['train_rows']} rows"
     pair = [replace(outcomes[name, share], method=size) for share, size in zip((1.0, 0.5), sizes, strict=True)]
-    difference = compare_outcomes(pair, rows, margin=margin).of("accuracy")[0]
+    difference = compare_outcomes(pair, rows, margin=recipe.margin).of("accuracy")[0]
     sign = 1 if difference.first == sizes[0] else -1
-    gain, (low, high) = sign * difference.value, sorted(sign * bound for bound in difference.interval)
-    seen = f"from {half['train_rows']} to {all_rows} training rows {name} changed by {gain:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
-    if difference.different and gain > 0:
-        return (
-            f"More labels would help: {seen}; another doubling can be expected to gain something, and less than that."
-        )
-    if difference.equivalent(margin):
-        return f"More labels of this kind would hardly help: {seen}, which is within ±{margin:g}."
-    return f"Whether more labels would help cannot be told: {seen}."
+    gain, interval = sign * difference.value, sorted(sign * bound for bound in difference.interval)
+    helps = difference.different and gain > 0
+    answer = "yes" if helps else "hardly" if difference.equivalent(recipe.margin) else "unknown"
+    return {**found, "half_rows": half["train_rows"], "gain": gain, "interval": interval, "answer": answer}

@@ -261,7 +261,8 @@ def _difference(
             parts = [_interval(metric, m, o, rows, level) for m, o in ((first, a), (second, b))]
             assert parts[0] is not None
             assert parts[1] is not None
-            return tests.joined_interval(first.spread, parts[0], second.spread, parts[1], spread, level)
+            low, high = tests.joined_interval(first.spread, parts[0], second.spread, parts[1], spread, level)
+            return Interval(np.maximum(low, -1), np.minimum(high, 1))
 
         def excludes(level: Floats) -> NDArray[np.bool_]:
             found = joined(level)

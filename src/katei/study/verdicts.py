@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 from katei.core.errors import RecipeError, nearest
 from katei.study.comparison import COMMONEST, MAJORITY, Comparison, Difference
@@ -34,6 +34,11 @@ def note(comparison: Comparison, lang: str = "en") -> str | None:
     """What the reader must know of how it was compared."""
     words = _words(lang)
     return {"counts": words.unpaired, "folds": words.folds, "seeds": words.seeds}.get(comparison.kind)
+
+
+def more_labels(doubled: Mapping[str, Any], lang: str = "en") -> str:
+    """Would more labels help? From what the last doubling of the training rows gained (`learning_curve`)."""
+    return _words(lang).more_labels(doubled)
 
 
 def _ranking(c: Comparison, words: Words) -> list[str]:
@@ -209,6 +214,22 @@ class _English:
     def reference_better(cls, name: str, methods: Sequence[str]) -> str:
         return f"{name} is better than {cls.names(methods)}."
 
+    @staticmethod
+    def more_labels(d: Mapping[str, Any]) -> str:
+        if d["answer"] == "untrained":
+            return "No method was trained to its end on all rows."
+        if d["answer"] == "too few":
+            return f"{d['method']} has too few training rows to take half of them away."
+        seen = (
+            f"from {d['half_rows']:,} to {d['all_rows']:,} training rows {d['method']} changed by {d['gain']:+.3f} "
+            f"(95 % interval {d['interval'][0]:+.3f} to {d['interval'][1]:+.3f})"
+        )
+        return {
+            "yes": f"More labels would help: {seen}; another doubling can be expected to gain something, and less than that.",
+            "hardly": f"More labels of this kind would hardly help: {seen}, which is within ±{d['margin']:g}.",
+            "unknown": f"Whether more labels would help cannot be told: {seen}.",
+        }[d["answer"]]
+
 
 class _Japanese:
     unpaired = (
@@ -316,6 +337,22 @@ class _Japanese:
     @classmethod
     def reference_better(cls, name: str, methods: Sequence[str]) -> str:
         return f"{name} は {cls.names(methods)} より良いと言えます。"
+
+    @staticmethod
+    def more_labels(d: Mapping[str, Any]) -> str:
+        if d["answer"] == "untrained":
+            return "全行で最後まで学習できた手法がありません。"
+        if d["answer"] == "too few":
+            return f"{d['method']} は学習行が少なすぎて、半分に減らせません。"
+        seen = (
+            f"学習行を {d['half_rows']:,} 行から {d['all_rows']:,} 行にしたとき、{d['method']} の正解率は {d['gain']:+.3f} "
+            f"変わりました（95 % 区間 {d['interval'][0]:+.3f} ～ {d['interval'][1]:+.3f}）"
+        )
+        return {
+            "yes": f"ラベルを増やせば良くなります。{seen}。さらに 2 倍にしても、伸びはこれより小さいはずです。",
+            "hardly": f"この種のラベルを増やしても、ほとんど変わりません。{seen}。±{d['margin']:g} の範囲内です。",
+            "unknown": f"ラベルを増やして良くなるかは分かりません。{seen}。",
+        }[d["answer"]]
 
 
 def _rows(rows: int) -> str:

@@ -18,6 +18,7 @@ from katei.study.comparison import MAJORITY, REFERENCES
 from katei.study.report.draw import UNIT, Axis, Band, Bin, axis, band, calibration_bins, polyline, roc_curve, thinned
 from katei.study.report.gather import HARD_SHOWN, Facts
 from katei.study.report.words import words_of
+from katei.study.verdicts import more_labels
 
 METRICS = ("accuracy", "roc_auc", "macro_f1", "log_loss", "brier", "calibration_error")
 BETTER_LOW = ("log_loss", "brier", "calibration_error")
@@ -354,7 +355,8 @@ def _learning(facts: Facts) -> dict[str, Any] | None:
     panels: dict[str, list[dict[str, Any]]] = {}
     for p in sorted(points, key=lambda p: p["train_rows"]):
         panels.setdefault(p["method"], []).append(p)
-    return {"panels": panels, "x": x, "y": y, "verdict": curve.get("verdict"), "points": points}
+    said = more_labels(curve["last_doubling"], facts.lang)
+    return {"panels": panels, "x": x, "y": y, "verdict": said, "points": points}
 
 
 # -------------------------------------------------------------------- rows, trials, recipe
