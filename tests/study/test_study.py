@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from katei import api
+from katei.core.calibration import fit_temperature
 from katei.core.errors import RecipeError
 from katei.engine.lockstep import Lockstep
 from katei.study import training
@@ -136,6 +137,19 @@ def test_the_learning_curve_is_of_the_chosen_setting_on_the_same_rows(tuned: Stu
     assert doubled["method"] == best["method"]
     assert doubled["gain"] == pytest.approx(best["accuracy"] - half["accuracy"])
     assert doubled["interval"][0] <= doubled["gain"] <= doubled["interval"][1]
+
+
+def test_an_adapter_has_the_temperature_of_its_validation_rows(tuned: Study) -> None:
+    rows = [r for r in pq.read_table(tuned.run / "predictions.parquet").to_pylist() if r["role"] == "valid"]
+    names = tuned.results["labels"]
+    found = []
+    for trial in (t for t in tuned.results["trials"] if t["chosen"] and t["share"] == 1):
+        mine = [r for r in rows if r["trial"] == trial["name"]]
+        probability_EC = np.array([[r[f"probability_{name}"] for name in names] for r in mine])
+        note = json.loads((tuned.run / "trials" / trial["name"] / "katei.json").read_text(encoding="utf-8"))
+        found.append(note["temperature"])
+        assert note["temperature"] == fit_temperature(probability_EC, [names.index(r["label"]) for r in mine])
+    assert any(t is not None for t in found)
 
 
 def test_racing_changes_no_choice_here_and_no_racing_trains_on(place: Any, tuned: Study, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from katei.core.calibration import fit_temperature, with_temperature
+from katei.core.calibration import with_temperature
 from katei.core.errors import AdapterError, RecipeError
 from katei.methods.saved import AdapterNote
 
@@ -62,7 +62,7 @@ class Answers:
 def answers_of(
     folder: Path, note: AdapterNote, *, calibrated: bool = False, abstain: float | None = None, top_k: int | None = None
 ) -> Answers:
-    """What was asked for, checked; `folder` is the adapter's, in which or beside which its temperature is found."""
+    """What was asked for, checked; `folder` is the adapter's."""
     if top_k is not None and top_k < 1:
         raise RecipeError(f"top-k is {top_k}, but it counts labels", hint="--top-k 3")
     temperature = temperature_of(folder, note) if calibrated else 1.0
@@ -70,36 +70,11 @@ def answers_of(
 
 
 def temperature_of(folder: Path, note: AdapterNote) -> float:
-    """The temperature recorded with the adapter, else the one of its run's validation rows. Raises AdapterError without either."""
-    if note.temperature is not None:
-        return note.temperature
-    predictions = folder.parent.parent / "predictions.parquet"
-    if predictions.exists():
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        columns = ["label", *(f"probability_{label}" for label in note.labels)]
-        try:
-            rows = pq.read_table(
-                predictions, columns=columns, filters=[("trial", "==", note.name), ("role", "==", "valid")]
-            )
-            right = [note.labels.index(label) for label in rows["label"].to_pylist()]
-            probability_EC = np.stack([rows[name].to_numpy() for name in columns[1:]], axis=1)
-            temperature = fit_temperature(probability_EC, right) if right else None
-        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            raise AdapterError(
-                f"its validation rows cannot be read: {error}", file=predictions, hint="leave out --calibrated"
-            ) from None
-        if temperature is not None:
-            return temperature
-        if right:
-            raise AdapterError(
-                f"no temperature can be fitted: all of its run's {len(right)} validation rows are classified right",
-                file=folder,
-                hint="leave out --calibrated",
-            )
-    raise AdapterError(
-        "has no temperature, and no predictions of validation rows lie in its run",
-        file=folder,
-        hint="train it with validation rows (valid.tsv), or leave out --calibrated",
-    )
+    """The one recorded with the adapter. Raises AdapterError without."""
+    if note.temperature is None:
+        raise AdapterError(
+            "has no temperature: it was trained without validation rows, or classifies all of them right",
+            file=folder,
+            hint="train it with more validation rows (valid.tsv), or leave out --calibrated",
+        )
+    return note.temperature

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from katei.base.packed import Base
+from katei.core.calibration import fit_temperature
 from katei.core.files import folder_atomic
 from katei.data import Dataset
 from katei.engine.checkpoint import is_state_of, load_state, save_state
@@ -198,6 +199,14 @@ def _score(group: Sequence[Planned], lockstep: Lockstep, base: Base) -> list[End
     return ended
 
 
+def _temperature(one: Ended, job: Job) -> float | None:
+    """Of the validation rows, which chose the epoch but trained nothing."""
+    valid_EC = one.probabilities.get("valid")
+    if valid_EC is None or not len(valid_EC) or not np.isfinite(valid_EC).all():
+        return None
+    return fit_temperature(valid_EC, [job.pool.labels[row] for row in one.trial.valid])
+
+
 def _save_adapters(lockstep: Lockstep, ended: Sequence[Ended], base: Base, job: Job) -> None:
     """Write each chosen adapter, read it back from the disk, and check that it scores rows to the same bits."""
     from katei.ship.models import save_full
@@ -222,6 +231,7 @@ def _save_adapters(lockstep: Lockstep, ended: Sequence[Ended], base: Base, job: 
                 "rows": len(trial.rows),
                 "epochs_run": len(one.epochs),
             },
+            temperature=_temperature(one, job),
         )
         with folder_atomic(job.out / "trials" / trial.name) as folder:
             stack = lockstep.stacks[state.stack]
