@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from tests.helpers.llama_cpp import readable_base, running
 from tests.helpers.models import perturb_, settings
 from tests.helpers.peft_reference import peft_config
+from tests.helpers.serving import serving
 from tests.helpers.trained import TEXTS, katei_logits, plain_classifier, row_by_row, train_study
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -43,11 +44,16 @@ from katei.methods.saved import AdapterNote, read_adapter, save_adapter
 from katei.ship.adapters import note_of, open_adapter
 from katei.ship.export import LOW_RANK
 from katei.ship.models import save_full
+from katei.ship.serve.shelf import load_shelf
+from katei.sklearn import PeftClassifier
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "round_trips.md"
 Logits = NDArray[np.float64]
 EXITS = (
     "katei → katei",
+    "predict → file",
+    "serve → HTTP",
+    "scikit-learn",
     "katei → peft",
     "peft → katei",
     "merged → transformers",
@@ -79,6 +85,34 @@ class Adapter:
             method = read_adapter(self.folder).method
             save_adapter(target, stack, 0, method.saved_as(), _as_saved(note, method), str(self.base))
         return self.exact, katei_logits(target, self.texts)
+
+    def predicted(self) -> tuple[Logits, Logits]:
+        rows, out = self.scratch / "rows.jsonl", self.scratch / "predicted.jsonl"
+        rows.write_text("".join(json.dumps({"poem": text}) + "\n" for text in self.texts), encoding="utf-8")
+        api.predict(self.folder, rows, out=out)
+        labels = note_of(self.folder).labels
+        answers = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        return self._from_probabilities([[float(row[f"probability_{label}"]) for label in labels] for row in answers])
+
+    def served(self) -> tuple[Logits, Logits]:
+        with serving(load_shelf([self.folder], say=str)) as running:
+            answers = running.post("/classify", {"texts": self.texts}).json["results"]
+        return self._from_probabilities(
+            [list(told["probabilities"].values()) for row in answers for told in row.values()]
+        )
+
+    def in_sklearn(self) -> tuple[Logits, Logits]:
+        """Trained there, and read from its folder."""
+        y = [i % 2 for i in range(len(self.texts))]
+        classifier = PeftClassifier(
+            self.name, str(self.base), settings=note_of(self.folder).settings, epochs=2, learning_rate=0.01
+        )
+        told_EC = classifier.fit(self.texts, y).predict_proba(self.texts)
+        return _centred(katei_logits(classifier.folder_, self.texts)), _centred(np.log(told_EC))
+
+    def _from_probabilities(self, probabilities: list[list[float]]) -> tuple[Logits, Logits]:
+        """What probabilities say of the logits: their differences."""
+        return _centred(self.exact), _centred(np.log(np.array(probabilities)))
 
     def to_peft(self) -> tuple[Logits, Logits]:
         out = self.scratch / "peft"
@@ -159,6 +193,9 @@ class Adapter:
     def cells(self) -> list[str]:
         ways: list[Callable[[], tuple[Logits, Logits]]] = [
             self.again,
+            self.predicted,
+            self.served,
+            self.in_sklearn,
             self.to_peft,
             self.from_peft,
             self.merged,
@@ -168,8 +205,13 @@ class Adapter:
             self.gguf_lora,
         ]
         peft_knows, merges, low_rank = self.method.peft_type is not None, self.method.merges, self.name in LOW_RANK
-        there = [True, peft_knows, peft_knows, merges, merges, merges, merges, low_rank]
+        there = [True, True, True, True, peft_knows, peft_knows, merges, merges, merges, merges, low_rank]
         return [_cell(way, exists) for way, exists in zip(ways, there, strict=True)]
+
+
+def _centred(x_EC: Logits) -> Logits:
+    centred: Logits = x_EC - x_EC.mean(1, keepdims=True)
+    return centred
 
 
 def _as_saved(note: Any, method: Any) -> Any:
