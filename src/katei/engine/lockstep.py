@@ -173,6 +173,8 @@ class Lockstep:
         self.entries = [stack.lowest_layer if cache else 0 for stack in self.stacks]
         self.cache = ActivationCache(base, self.entries, token_budget=token_budget)
         assert len(placed) == len(trials), "trial names are unique"
+        # a stack's tensors view rows of one buffer, on purpose: their gradients are strided like them
+        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
         for trial in trials:
             s, n = placed[trial.name]
             nats = torch.zeros((), dtype=torch.float64, device=base.device)
@@ -192,8 +194,6 @@ class Lockstep:
 
     def run(self, watch: Watch | None = None) -> None:
         """Until every trial has finished."""
-        # a stack's tensors view rows of one buffer, on purpose: their gradients are strided like them
-        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
         while any(state.finished is None for state in self.states):
             ended = self.tick()
             if watch is not None:
