@@ -2,7 +2,8 @@
 
     python -m benchmarks.tuned_study poems-en --out runs/tuned-poems        hours; goes on where it was cut off
     python -m benchmarks.tuned_study topics --out runs/tuned-topics         Japanese questions by topic (chatterbot-corpus, BSD-3-Clause)
-    python -m benchmarks.tuned_study poems-en --check --out runs/check      a smaller grid twice, raced and whole: the same verdict?
+    python -m benchmarks.tuned_study topics --folds 0 --check --out runs/check      one cell of the grid twice, raced and whole: the same
+                                                                            choices, the same verdict? And what it costs elsewhere
     … --quick                                                               does it run?
 
 Then peft + Trainer is timed on a part of the grid: each method's own setting, one epoch of a few rows of the first fold, in the
@@ -30,9 +31,10 @@ MODEL = "smollm2"
 TOPICS = ("ai", "emotion", "psychology")
 
 
-def topics(folder: Path) -> Path:
-    """A labelled set that nobody here wrote: questions by topic, one file of training rows."""
+def topics(folder: Path, *, parts: bool = False) -> Path:
+    """A labelled set that nobody here wrote: questions by topic, as one file of training rows, or split as one cell of the study is."""
     import yaml
+    from sklearn.model_selection import train_test_split
 
     spec = importlib.util.find_spec("chatterbot_corpus")
     assert spec is not None
@@ -46,8 +48,13 @@ def topics(folder: Path) -> Path:
             if text:
                 lines.setdefault(text, name)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [f"{text}\t{name}" for text, name in lines.items()]
-    (folder / "train.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n", encoding="utf-8")
+    rows, labels = [f"{text}\t{name}" for text, name in lines.items()], list(lines.values())
+    files = {"train": rows}
+    if parts:
+        rest, files["test"], labels, _ = train_test_split(rows, labels, test_size=0.2, stratify=labels, random_state=0)
+        files["train"], files["valid"] = train_test_split(rest, test_size=0.2, stratify=labels, random_state=0)
+    for name, some in files.items():
+        (folder / f"{name}.tsv").write_text("\n".join(["text\tlabel", *some]) + "\n", encoding="utf-8")
     return folder
 
 
@@ -125,19 +132,22 @@ def main() -> None:
         options.epochs, options.tune, options.folds, options.repeats, options.part = 2, 2, 2, 1, 3
         options.methods, options.batch_size, options.max_length = "ia3,prompt-tuning", 8, 24
     figures = Figures("tuned_study", quick=options.quick)
-    data = str(topics(SCRATCH / "topics")) if options.data == "topics" else options.data
+    data = options.data
+    if data == "topics":
+        data = str(topics(SCRATCH / f"topics-{options.folds}", parts=not options.folds))
     how: dict[str, Any] = {
         "model": options.model,
         "methods": options.methods.split(","),
         "folds": options.folds,
-        "repeats": options.repeats,
+        "repeats": options.repeats if options.folds else 1,
         "tune": options.tune,
         "epochs": options.epochs,
         "batch_size": options.batch_size,
         "max_length": options.max_length,
         "watcher": Saying(),
     }
-    case = f"{options.data}, {options.folds} folds × {options.repeats}, {options.tune} settings"
+    cells = f"{options.folds} folds × {options.repeats}" if options.folds else "one cell"
+    case = f"{options.data}, {cells}, {options.tune} settings, {options.epochs} epochs"
     raced = api.compare(data, out=options.out, **how)
     assert not (options.out / PARTIAL).exists()
     report(figures, raced, case)

@@ -15,13 +15,15 @@ from tests.helpers.models import CONFIGS, tiny_model
 from katei import api
 from katei.base.packed import Base
 from katei.core.errors import BaseError, UserError
-from katei.engine.lockstep import Lockstep, Tokens, Trial
+from katei.engine.lockstep import Lockstep, Tokens, Trial, score_rows
 from katei.engine.optimizer import Training
 from katei.methods import METHODS
+from katei.methods.contract import TrialFacts
 from katei.plan import fake
 from katei.plan.devices import find_device
 from katei.plan.plan import Planner, Run
 from katei.plan.shapes import SHAPES, bundled
+from katei.ship.models import merged_weights
 
 CPU = replace(find_device("cpu"), usable_bytes=1 << 40)
 
@@ -122,6 +124,33 @@ def test_every_method_is_planned_for_every_family_on_a_card(family: str, name: s
     assert sum(trace.layers) <= inside
     if trace.where == "train" and name not in ("llama-adapter", "head"):  # whose lower layers keep nothing
         assert all(trace.layers[:-1]), "backward may have begun with the last one"
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
+def test_prediction_and_merge_hold_what_is_planned_to_the_byte(name: str) -> None:
+    run = run_of(name, trials=1, batch_size=1)
+    method = run.trials[0].method.saved_as()
+    with fake.without_numbers():
+        shape = fake.base_of_shape(CONFIGS["llama"], "fp32")
+        prediction = fake.trace_prediction(shape, method, 3, run.pool, 64)
+        merge = fake.trace_merge(shape, method, 3) if method.merges else None
+    base = Base(tiny_model("llama"))
+    weights = sum({t.data_ptr(): t.nbytes for t in base.frozen_tensors()}.values())
+    with LiveBytes(base.frozen_tensors()) as meter:
+        stack = method.build(base, 3, [0], [TrialFacts(1)])
+        score_rows(base, [stack], [(0, 0, ids) for ids in run.pool.ids], token_budget=64)
+    assert prediction.live_peak_bytes == weights + meter.peak
+    if merge is not None:
+        with LiveBytes(base.frozen_tensors()) as meter:
+            stack = method.build(base, 3, [0], [TrialFacts(1)])
+            merged = merged_weights(base, stack)
+            again = [w.clone() for w in base.model.parameters()]
+            assert merge.live_peak_bytes == weights + meter.peak
+            assert len(merged) == len(again)
+    with Planner(CONFIGS["llama"], "fp32", CPU) as planner:
+        plan = planner.plan(run)
+        assert plan.predict_bytes is not None
+        assert (plan.merge_bytes is None) == (not method.merges)
 
 
 def test_full_fine_tuning_leaves_the_base_of_the_others_alone() -> None:

@@ -25,8 +25,10 @@ from katei.base.packed import Base
 from katei.base.quiet import quiet
 from katei.base.stream import PackedRow, passes
 from katei.engine.lockstep import Lockstep, Tokens, Trial, score_rows
+from katei.methods.contract import Method, Stack, TrialFacts
 from katei.methods.full import Full
-from katei.plan.meter import ADAPTERS, DEQUANTISED, GRADIENTS, WEIGHTS, Meter
+from katei.plan.meter import ADAPTERS, DEQUANTISED, GRADIENTS, MERGED, WEIGHTS, Meter
+from katei.ship.models import merged_weights
 
 MOST_STEPS = 100_000
 """Of all trials together that are looked at for the heaviest; of a longer study an even choice."""
@@ -48,7 +50,7 @@ class Trace:
     layers: tuple[int, ...]
     """Of these, what each layer made going forward: activations and attention."""
     where: str
-    """The peak's place: train or evaluate."""
+    """The peak's place: train, evaluate, predict or merge."""
     trainable: int
     """Numbers trained by one trial of the first method."""
     total: int
@@ -114,18 +116,58 @@ def trace_study(
                     base, engine.stacks, rows, token_budget=token_budget, entries=engine.entries, cache=engine.cache
                 )
         where = "train" if meter.peak == trained else "evaluate"
-        stack = engine.stacks[0]
-        return Trace(
-            events=tuple(meter.events),
-            live_peak_bytes=meter.peak,
-            parts={owner: size for owner, size in meter.at_peak.items() if size},
-            layers=tuple(meter.layers_at_peak[layer] for layer in range(base.depth)),
-            where=where,
-            trainable=stack.trainable,
-            total=stack.total(base),
-            checkpointing=checkpointing,
-            looked_up=_looked_up(engine),
-        )
+        return _traced(meter, base, engine.stacks[0], where, _looked_up(engine), checkpointing=checkpointing)
+
+
+def trace_prediction(base: Base, method: Method, classes: int, pool: Tokens, token_budget: int) -> Trace:
+    """Of one adapter's heaviest pass over `pool`. Call inside `without_numbers`."""
+    meter = Meter()
+    meter.claim(base.frozen_tensors(), WEIGHTS)
+    with meter:
+        stack = _adapter(base, method, classes, meter)
+        rows = [PackedRow(0, 0, ids) for ids in pool.ids]
+        heaviest = _heaviest_of(base, [stack], None, rows, token_budget)
+        score_rows(base, [stack], [(0, 0, row.ids) for row in heaviest], token_budget=token_budget)
+        return _traced(meter, base, stack, "predict", len({token for ids in pool.ids for token in ids}))
+
+
+def trace_merge(base: Base, method: Method, classes: int) -> Trace:
+    """Of a merge that is checked: the base, its weights with the adapter in them, and the merged model read again. `base` is fp32.
+    Call inside `without_numbers`.
+    """
+    meter = Meter()
+    meter.claim(base.frozen_tensors(), WEIGHTS)
+    with meter:
+        stack = _adapter(base, method, classes, meter)
+        merged = merged_weights(base, stack)
+        meter.claim(merged.values(), MERGED)
+        meter.claim(base.frozen_tensors(), WEIGHTS)  # those that a merge leaves as they are
+        again = [torch.empty_like(weight) for weight in base.model.parameters()]
+        meter.claim(again, MERGED)
+        return _traced(meter, base, stack, "merge", 0)
+
+
+def _adapter(base: Base, method: Method, classes: int, meter: Meter) -> Stack:
+    stack = method.build(base, classes, [0], [TrialFacts(1)])
+    meter.claim([stack.theta_NM], ADAPTERS)
+    meter.claim([stack.grad_NM], GRADIENTS)
+    return stack
+
+
+def _traced(
+    meter: Meter, base: Base, stack: Stack, where: str, looked_up: int, *, checkpointing: bool = False
+) -> Trace:
+    return Trace(
+        events=tuple(meter.events),
+        live_peak_bytes=meter.peak,
+        parts={owner: size for owner, size in meter.at_peak.items() if size},
+        layers=tuple(meter.layers_at_peak[layer] for layer in range(base.depth)),
+        where=where,
+        trainable=stack.trainable,
+        total=stack.total(base),
+        checkpointing=checkpointing,
+        looked_up=looked_up,
+    )
 
 
 def nf4_bytes(matrices: Sequence[Tensor], weight: Tensor) -> int:
@@ -162,10 +204,12 @@ def heaviest_steps(engine: Lockstep) -> list[int]:
             if step < state.trial.total_steps
             for row in state.batch()
         ]
-        for one in passes(_lengths(engine, rows), engine.token_budget):
+        for one in passes(_lengths(engine.stacks, rows), engine.token_budget):
             inside = [rows[i] for i in one]
-            found.setdefault(tuple(_lengths(engine, inside)), (step, inside))
-    return list(dict.fromkeys(found[one][0] for one in _heaviest(engine, {k: v[1] for k, v in found.items()})))
+            found.setdefault(tuple(_lengths(engine.stacks, inside)), (step, inside))
+    inside_of = {lengths: inside for lengths, (_, inside) in found.items()}
+    heaviest = _heaviest(engine.base, engine.stacks, engine.entries, inside_of)
+    return list(dict.fromkeys(found[one][0] for one in heaviest))
 
 
 def heaviest_pass(engine: Lockstep, rows_of: Sequence[Sequence[int]]) -> list[PackedRow]:
@@ -175,30 +219,39 @@ def heaviest_pass(engine: Lockstep, rows_of: Sequence[Sequence[int]]) -> list[Pa
         for state, rows in zip(engine.states, rows_of, strict=False)
         for row in rows
     ]
+    return _heaviest_of(engine.base, engine.stacks, engine.entries, rows, engine.token_budget)
+
+
+def _heaviest_of(
+    base: Base, stacks: Sequence[Stack], entries: Sequence[int] | None, rows: Sequence[PackedRow], token_budget: int
+) -> list[PackedRow]:
     found = {}
-    for one in passes(_lengths(engine, rows), engine.token_budget):
+    for one in passes(_lengths(stacks, rows), token_budget):
         inside = [rows[i] for i in one]
-        found[tuple(_lengths(engine, inside))] = inside
-    return found[_heaviest(engine, found)[0]] if found else []
+        found[tuple(_lengths(stacks, inside))] = inside
+    return found[_heaviest(base, stacks, entries, found)[0]] if found else []
 
 
-def _lengths(engine: Lockstep, rows: Sequence[PackedRow]) -> list[int]:
-    return [len(row.ids) + engine.stacks[row.stack].virtual_tokens for row in rows]
+def _lengths(stacks: Sequence[Stack], rows: Sequence[PackedRow]) -> list[int]:
+    return [len(row.ids) + stacks[row.stack].virtual_tokens for row in rows]
 
 
-def _heaviest(engine: Lockstep, found: dict[tuple[int, ...], list[PackedRow]]) -> list[tuple[int, ...]]:
+def _heaviest(
+    base: Base,
+    stacks: Sequence[Stack],
+    entries: Sequence[int] | None,
+    found: dict[tuple[int, ...], list[PackedRow]],
+) -> list[tuple[int, ...]]:
     """Of passes by their lengths the few that hold most: by tokens first, these by the buckets they make."""
     many = sorted(found, key=lambda one: sum(one) * 1000 + sum(n * n for n in one), reverse=True)[: 10 * LOOKED_AT]
-    return sorted(many, key=lambda one: _weight(engine, found[one]), reverse=True)[:LOOKED_AT]
+    return sorted(many, key=lambda one: _weight(base, stacks, entries, found[one]), reverse=True)[:LOOKED_AT]
 
 
-def _weight(engine: Lockstep, rows: Sequence[PackedRow]) -> float:
+def _weight(base: Base, stacks: Sequence[Stack], entries: Sequence[int] | None, rows: Sequence[PackedRow]) -> float:
     """Roughly what a layer keeps of a pass, in numbers: of each token, and of each padded row of its attention."""
-    base = engine.base
     q, kv = base.heads * base.head_size, 2 * base.kv_heads * base.head_size
     mlp = getattr(base.config, "intermediate_size", 4 * base.width)
-    stream = base.stream(rows, engine.stacks, engine.entries)
-    phase = stream.phases[-1]
+    phase = base.stream(rows, stacks, entries).phases[-1]
     kept = phase.tokens * (3.0 * base.width + 2 * mlp + q + kv)
     for bucket in phase.buckets:
         padded, keys = bucket.rows * bucket.longest, bucket.prefix_tokens + bucket.trunk + bucket.longest

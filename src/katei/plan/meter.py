@@ -33,7 +33,7 @@ from katei.methods.full import FullStack
 WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS = "frozen weights", "adapters and heads", "gradients", "moments"
 ATTENTION, SCORES, BACKWARD, OPTIMIZER = "attention", "scores and loss", "backward", "optimizer's temporaries"
 LAYERS, CACHE, STREAM = "activations", "activation cache", "stream"
-DEQUANTISED = "a weight, dequantised"
+DEQUANTISED, MERGED = "a weight, dequantised", "merged weights"
 
 _BORN_IN: dict[CodeType, str] = {
     Base.attend.__code__: ATTENTION,

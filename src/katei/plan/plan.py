@@ -16,16 +16,18 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+import torch
 from transformers import PreTrainedConfig
 
 from katei.base.device import pick_dtype
 from katei.base.packed import Base
 from katei.engine.lockstep import Lockstep, Tokens, Trial
 from katei.methods.full import Full
+from katei.methods.head_only import HeadOnly
 from katei.methods.llama_adapter import LLaMAAdapter
 from katei.plan.allocator import CachingAllocator
 from katei.plan.devices import Device
-from katei.plan.fake import Trace, base_of_shape, trace_study, without_numbers
+from katei.plan.fake import Trace, base_of_shape, trace_merge, trace_prediction, trace_study, without_numbers
 from katei.plan.meter import ADAPTERS, GRADIENTS, MOMENTS, WEIGHTS
 from katei.plan.process import HOLES, WeightsFile, process_bytes, weights_file
 from katei.plan.time import Machine, epoch_seconds
@@ -68,6 +70,10 @@ class Plan:
     """Trials in lockstep, no pass larger than planned."""
     seconds_per_epoch: float | None
     """Of all its trials, on this machine; None for another one."""
+    predict_bytes: int | None
+    """What the device must have for `katei predict` on these rows with one adapter; None for an nf4 base."""
+    merge_bytes: int | None
+    """What it must have for a checked `katei merge`, which is computed in fp32; None where nothing can be merged."""
 
     @property
     def other_bytes(self) -> int:
@@ -114,6 +120,7 @@ class Planner:
     traces: dict[Run, Trace] = field(default_factory=dict)
     bases: dict[int, Base] = field(default_factory=dict)
     """Without numbers, by how many of the base's layers they have."""
+    _fp32: Base | None = None
 
     def __enter__(self) -> Planner:
         self._inside = ExitStack()
@@ -124,9 +131,9 @@ class Planner:
         self.bases.clear()
         self._inside.close()
 
-    def base(self, layers: int, run: Run) -> Base:
+    def base(self, layers: int, run: Run | None = None) -> Base:
         """The base without numbers that `run` runs over; full fine-tuning makes its weights trainable, so it has one of its own."""
-        own = any(isinstance(trial.method, Full) for trial in run.trials)
+        own = run is not None and any(isinstance(trial.method, Full) for trial in run.trials)
         if not own and layers in self.bases:
             return self.bases[layers]
         made = base_of_shape(_with_layers(self.config, layers), computed_in(self.precision, self.device))
@@ -173,7 +180,28 @@ class Planner:
             max_batch_size=self.most(run, lambda n: (n, run.longest)),
             max_trials=max(0, len(run.trials) + room // per_trial) if room >= 0 else 0,
             seconds_per_epoch=self.seconds(run),
+            predict_bytes=self.prediction(run),
+            merge_bytes=self.merge(run),
         )
+
+    def prediction(self, run: Run) -> int | None:
+        if self.precision == NF4:
+            return None
+        trained = run.trials[0].method
+        method = HeadOnly() if isinstance(trained, Full) else trained.saved_as()  # a whole model is its own base
+        return self.need(trace_prediction(self.base(self.depth), method, run.classes, run.pool, run.token_budget))
+
+    def merge(self, run: Run) -> int | None:
+        method = run.trials[0].method
+        if not method.merges or isinstance(method, Full):
+            return None
+        if self._fp32 is None:
+            self._fp32 = base_of_shape(self.config, "fp32")
+        trace = trace_merge(self._fp32, method, run.classes)
+        if self.device.kind == "cuda":
+            return self.need(trace)
+        file = weights_file(self.config, torch.float32)
+        return process_bytes(self.resident_bytes, file, trace.parts[WEIGHTS], 0, trace.live_peak_bytes, returned=True)
 
     def seconds(self, run: Run) -> float | None:
         """Of an epoch of all trials; None for a device that is not here to be timed."""

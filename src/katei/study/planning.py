@@ -179,7 +179,7 @@ def plan_methods(
         "usable_bytes": where.usable_bytes,
         "rows": rows.said,
         "plans": [asdict(plan) for plan in plans],
-        "notes": _notes(recipe, where, precisions),
+        "notes": [_afterwards(plans, where), *_notes(recipe, where, precisions)],
     }
 
 
@@ -191,6 +191,20 @@ def _check_tokens(tokens: int, classes: int, config: PreTrainedConfig) -> None:
     most = getattr(config, "max_position_embeddings", None)
     if most and tokens > most:
         raise RecipeError(f"tokens is {tokens:,}, and this base reads {most:,} at most", hint=f"--tokens {most}")
+
+
+def _afterwards(plans: Sequence[Plan], where: Device) -> str:
+    """What using the adapters takes, at most."""
+    said = []
+    for what, sizes in (
+        ("predicting", [plan.predict_bytes for plan in plans]),
+        ("a merge in fp32, checked,", [plan.merge_bytes for plan in plans]),
+    ):
+        most = max((size for size in sizes if size is not None), default=None)
+        if most is not None:
+            fits = "" if most <= where.usable_bytes else ", too much"
+            said.append(f"{what} takes {most / 2**30:.2f} GiB at most{fits}")
+    return "afterwards " + "; ".join(said)
 
 
 def _notes(recipe: Recipe, where: Device, precisions: Sequence[str]) -> list[str]:
