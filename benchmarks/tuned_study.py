@@ -86,13 +86,16 @@ def theirs(study: Study, data: str, rows: int) -> dict[str, float]:
     split = load_dataset(data).train
     ids = tuple(tuple(sides.base.tokenize(text, recipe.max_length)) for text in split.texts[: rows + valid_rows])
     train, valid = Tokens(ids[:rows], split.labels[:rows]), Tokens(ids[rows:], split.labels[rows : rows + valid_rows])
-    trials = []
+    found = {}
     for name in recipe.methods:
         method, training = recipe.resolved(name)
         one = replace(training, epochs=1, patience=0, keep="last")
-        trials.append(Trial(name, method, 0, one, tuple(range(rows))))
-    side = sides.theirs(Task(tuple(trials), train, valid))
-    return {name: seconds / rows for name, seconds in side.seconds_of.items()}
+        trial = Trial(name, method, 0, one, tuple(range(rows)))
+        try:
+            found[name] = sides.theirs(Task((trial,), train, valid)).seconds_of[name] / rows
+        except ValueError as error:  # LLaMA-Adapter knows Llama and Mistral alone there; ours still counts it
+            say(f"  peft: {error}")
+    return found
 
 
 def grid_rows(study: Study) -> int:

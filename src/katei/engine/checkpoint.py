@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from katei.core.errors import RunError
 from katei.core.files import write_atomic
-from katei.engine.lockstep import Epoch, Lockstep
+from katei.engine.lockstep import Epoch, Lockstep, TrialState
 
 
 def save_state(path: Path, lockstep: Lockstep, fingerprint: str) -> None:
@@ -69,28 +70,33 @@ def load_state(path: Path, lockstep: Lockstep, fingerprint: str) -> None:
                 raise RunError(
                     "belongs to other data, another base or another recipe", file=path, hint="--overwrite starts again"
                 )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            keys: dict[str, list[str]] = {}
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                keys.setdefault(key.split("/", 1)[0], []).append(key)
+            for state in lockstep.states:  # one trial's tensors at a time: all of them again would be much memory
+                name = state.trial.name
+                tensors = {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in keys[name]}
+                _restore(state, lockstep, tensors, note["trials"][name])
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise RunError(
             f"the state of this run cannot be read: {error}", file=path, hint="--overwrite starts again"
         ) from None
     lockstep.seconds = note["seconds"]
     lockstep.trained_rows = note["trained_rows"]
-    for state in lockstep.states:
-        name = state.trial.name
-        counters = note["trials"][name]
 
-        def below(part: str, name: str = name) -> dict[str, Tensor]:
-            prefix = f"{name}/{part}/"
-            return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
-        lockstep.stacks[state.stack].restore_(state.n, below("now"))
-        state.optimizer.load_state_(below("adamw"))
-        state.best = below("best") or None
-        state.nats.copy_(tensors[f"{name}/nats"][0])
-        best_nats_E = tensors.get(f"{name}/best_nats")
-        state.best_nats_E = None if best_nats_E is None else best_nats_E.numpy()
-        state.step = counters["step"]
-        state.epochs = [Epoch(**epoch) for epoch in counters["epochs"]]
-        state.finished = counters["finished"]
-        state.best_epoch = counters["best_epoch"]
+def _restore(state: TrialState, lockstep: Lockstep, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
+    def below(part: str) -> dict[str, Tensor]:
+        prefix = f"{part}/"
+        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+    lockstep.stacks[state.stack].restore_(state.n, below("now"))
+    state.optimizer.load_state_(below("adamw"))
+    state.best = below("best") or None
+    state.nats.copy_(tensors["nats"][0])
+    best_nats_E = tensors.get("best_nats")
+    state.best_nats_E = None if best_nats_E is None else best_nats_E.numpy()
+    state.step = counters["step"]
+    state.epochs = [Epoch(**epoch) for epoch in counters["epochs"]]
+    state.finished = counters["finished"]
+    state.best_epoch = counters["best_epoch"]

@@ -223,6 +223,10 @@ def label_log_probabilities(
     )
 
 
+JUDGED = 32
+"""Tokens at once: each has a score for every token of the vocabulary, a quarter of a million in some."""
+
+
 def _judge(
     model: LanguageModel, inputs: Sequence[tuple[int, ...]], places: dict[tuple[int, ...], dict[int, dict[int, float]]]
 ) -> None:
@@ -234,10 +238,12 @@ def _judge(
     with torch.no_grad(), base.running(stream, stacks):
         h_TD = base.hidden_at(stream, stacks, [base.depth])[base.depth]
         h_TD = base.norm(h_TD[[place for _, _, place in asked]][None])[0]
-        log_p_TV = torch.log_softmax(capped(base.config, model.lm_head(h_TD).float()).double(), 1)
-    for (ids, t, _), log_p_V in zip(asked, log_p_TV, strict=True):
-        for token in places[ids][t]:
-            places[ids][t][token] = float(log_p_V[token])
+        for start in range(0, len(asked), JUDGED):
+            score_TV = capped(base.config, model.lm_head(h_TD[start : start + JUDGED]).float())
+            log_p_TV = torch.log_softmax(score_TV.double(), 1)
+            for (ids, t, _), log_p_V in zip(asked[start : start + JUDGED], log_p_TV, strict=True):
+                for token in places[ids][t]:
+                    places[ids][t][token] = float(log_p_V[token])
 
 
 def _continuations(base: Base, text: str, label_names: Sequence[str], max_length: int) -> tuple[list[list[int]], int]:

@@ -126,7 +126,7 @@ def run_study(
         write_predictions(out / "predictions.parquet", ended, references, design, dataset)
         job.seconds["evaluate"] += time.perf_counter() - evaluating
         peak = torch.cuda.max_memory_reserved() if device.kind == "cuda" else peak_memory_bytes()
-        seconds = {**job.seconds, "total": time.perf_counter() - started}
+        seconds = {**job.seconds, "total": job.before + time.perf_counter() - started}
         environment = environment_of(recipe, seconds, fit, peak, warnings)
         write_json(out / "environment.json", environment)
         write_json(out / "results.json", results)  # last: its presence says that the run is whole

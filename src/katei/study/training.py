@@ -78,6 +78,8 @@ class Job:
     watcher: Watcher
     save_seconds: float
     seconds: dict[str, float] = field(default_factory=lambda: {"load": 0.0, "train": 0.0, "evaluate": 0.0})
+    before: float = 0.0
+    """Seconds of calls that were killed."""
     running: Lockstep | None = None
 
     @property
@@ -105,6 +107,7 @@ def train_group(group: Sequence[Planned], base: Base, job: Job, left: int) -> li
     job.running = lockstep
     if state_file.exists() and (not job.overwrite or is_state_of(state_file, fingerprint)):
         load_state(state_file, lockstep, fingerprint)
+        job.before += sum(lockstep.seconds.values())
         job.watcher.say(
             f"going on from step {max(s.step for s in lockstep.states)} of {max(s.trial.total_steps for s in lockstep.states)}"
         )
