@@ -120,7 +120,6 @@ class Planner:
     traces: dict[Run, Trace] = field(default_factory=dict)
     bases: dict[int, Base] = field(default_factory=dict)
     """Without numbers, by how many of the base's layers they have."""
-    _fp32: Base | None = None
 
     def __enter__(self) -> Planner:
         self._inside = ExitStack()
@@ -140,6 +139,10 @@ class Planner:
         if not own:
             self.bases[layers] = made
         return made
+
+    @cached_property
+    def base_fp32(self) -> Base:
+        return self.base(self.depth) if self.precision == "fp32" else base_of_shape(self.config, "fp32")
 
     @cached_property
     def vocabulary(self) -> int:
@@ -195,9 +198,7 @@ class Planner:
         method = run.trials[0].method
         if not method.merges or isinstance(method, Full):
             return None
-        if self._fp32 is None:
-            self._fp32 = base_of_shape(self.config, "fp32")
-        trace = trace_merge(self._fp32, method, run.classes)
+        trace = trace_merge(self.base_fp32, method, run.classes)
         if self.device.kind == "cuda":
             return self.need(trace)
         file = weights_file(self.config, torch.float32)
@@ -289,7 +290,9 @@ class Planner:
         """Live bytes of one pass, from two shallow bases: they are linear in the number of layers."""
         one = run.with_rows(*shape, self.vocabulary)
         method = run.trials[0].method
-        shallow = method.layers + 1 if isinstance(method, LLaMAAdapter) else 2
+        shallow = 2
+        if isinstance(method, LLaMAAdapter) and method.layers < self.depth:  # the layers below those keep nothing
+            shallow = method.layers + 1
         if shallow + 1 >= self.depth:
             return self._trace(self.depth, one).live_peak_bytes
         less, more = (self._trace(layers, one).live_peak_bytes for layers in (shallow, shallow + 1))
