@@ -11,7 +11,7 @@ Dimensions: T tokens of a row · D width.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -48,12 +48,22 @@ class ActivationCache:
         if not self.layers:
             return
         new = [row for row in dict.fromkeys(rows) if any((layer, row) not in self for layer in self.layers)]
-        for chosen in passes([len(row) for row in new], self.token_budget):
+        groups = list(passes([len(row) for row in new], self.token_budget))
+        shapes = [tuple(len(new[i]) for i in chosen) for chosen in groups]
+        last = {shape: number for number, shape in enumerate(shapes)}
+        planned = shapes_only(self.base.embedding.weight)
+        for number, chosen in enumerate(groups):
             if self.memory_left <= 0 and self.file_left <= 0:
                 return
-            for layer, pieces in self._compute([new[i] for i in chosen]).items():
-                for i, piece_TD in zip(chosen, pieces, strict=True):
-                    self._keep((layer, new[i]), piece_TD)
+            # without numbers passes of equal lengths are alike, and the last of them meets the fullest cache
+            compute = self._empty if planned and last[shapes[number]] != number else self._compute
+            self._keep_all([new[i] for i in chosen], compute)
+
+    def _keep_all(self, rows: Sequence[Row], compute: Callable[[Sequence[Row]], dict[int, list[Tensor]]]) -> None:
+        """Of one pass, all of whose tensors are gone before the next begins."""
+        for layer, pieces in compute(rows).items():
+            for row, piece_TD in zip(rows, pieces, strict=True):
+                self._keep((layer, row), piece_TD)
 
     def joining(self, stream: Stream) -> dict[int, Tensor]:
         """What enters each late phase of `stream`: (tokens, D) by layer."""
@@ -95,6 +105,14 @@ class ActivationCache:
             self.in_file[key] = (offset, tuple(piece_TD.shape))
         else:
             self.memory_left = self.file_left = 0
+
+    def _empty(self, rows: Sequence[Row]) -> dict[int, list[Tensor]]:
+        """What `_compute` gives, without its numbers."""
+        like, width = self.base.embedding.weight, self.base.width
+        return {
+            layer: [like.new_empty(1 if layer == self.base.depth else len(row), width) for row in rows]
+            for layer in self.layers
+        }
 
     def _compute(self, rows: Sequence[Row]) -> dict[int, list[Tensor]]:
         """The rows through the bare base, as far as the highest layer asked for: pieces (T, D) by layer."""
