@@ -137,7 +137,8 @@ def main() -> None:
     figures = Figures("tuned_study", quick=options.quick)
     data = options.data
     if data == "topics":
-        data = str(topics(SCRATCH / f"topics-{options.folds}", parts=not options.folds))
+        folder = topics(SCRATCH / f"topics-{options.folds}", parts=not options.folds)
+        data = str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
     how: dict[str, Any] = {
         "model": options.model,
         "methods": options.methods.split(","),
