@@ -18,12 +18,11 @@ from katei.core.errors import BaseError, UserError
 from katei.engine.lockstep import Lockstep, Tokens, Trial, score_rows
 from katei.engine.optimizer import Training
 from katei.methods import METHODS
-from katei.methods.contract import TrialFacts
+from katei.methods.contract import TrialFacts, merged_weights
 from katei.plan import fake
 from katei.plan.devices import find_device
 from katei.plan.plan import Planner, Run
 from katei.plan.shapes import SHAPES, bundled
-from katei.ship.models import merged_weights
 
 CPU = replace(find_device("cpu"), usable_bytes=1 << 40)
 

@@ -334,3 +334,14 @@ def target_names(config: Mapping[str, Any]) -> tuple[str, ...]:
             f"target_modules is {targets!r}", hint="katei reads a list of module names, such as ['q_proj', 'v_proj']"
         )
     return tuple(sorted({str(t).rsplit(".", 1)[-1] for t in targets}))
+
+
+def merged_weights(base: Base, stack: Stack) -> dict[str, Tensor]:
+    """The backbone's weights with adapter 0 folded in, float32, by their names below the backbone."""
+    assert base.dtype == torch.float32, "a merge is computed in float32"
+    weights: dict[str, Tensor] = {name: parameter.detach() for name, parameter in base.model.named_parameters()}
+    for site in base.sites:
+        weights[f"{site}.weight"] = stack.merge(0, site, weights[f"{site}.weight"])
+        if f"{site}.bias" in weights:
+            weights[f"{site}.bias"] = stack.merge_bias(0, site, weights[f"{site}.bias"])
+    return weights

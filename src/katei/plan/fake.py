@@ -25,10 +25,9 @@ from katei.base.packed import Base
 from katei.base.quiet import quiet
 from katei.base.stream import PackedRow, passes
 from katei.engine.lockstep import Lockstep, Tokens, Trial, score_rows
-from katei.methods.contract import Method, Stack, TrialFacts
+from katei.methods.contract import Method, Stack, TrialFacts, merged_weights
 from katei.methods.full import Full
 from katei.plan.meter import ADAPTERS, DEQUANTISED, GRADIENTS, MERGED, WEIGHTS, Meter
-from katei.ship.models import merged_weights
 
 MOST_STEPS = 100_000
 """Of all trials together that are looked at for the heaviest; of a longer study an even choice."""

@@ -25,7 +25,7 @@ from katei.base.stream import PackedRow
 from katei.core.errors import AdapterError, CannotMerge
 from katei.core.files import folder_atomic, write_json, write_text
 from katei.engine.lockstep import score_rows
-from katei.methods.contract import HEAD, Stack
+from katei.methods.contract import HEAD, Stack, merged_weights
 from katei.methods.saved import AdapterNote, SavedAdapter
 from katei.ship.card import model_card, run_of
 
@@ -84,17 +84,6 @@ def check_mergeable(saved: SavedAdapter, out: Path, precision: str = "fp32") -> 
 def check_free(out: Path) -> None:
     if out.exists():
         raise AdapterError("already exists", file=out, hint="--out a new folder")
-
-
-def merged_weights(base: Base, stack: Stack) -> dict[str, Tensor]:
-    """The backbone's weights with adapter 0 folded in, float32, by their names below the backbone."""
-    assert base.dtype == torch.float32, "a merge is computed in float32"
-    weights: dict[str, Tensor] = {name: parameter.detach() for name, parameter in base.model.named_parameters()}
-    for site in base.sites:
-        weights[f"{site}.weight"] = stack.merge(0, site, weights[f"{site}.weight"])
-        if f"{site}.bias" in weights:
-            weights[f"{site}.bias"] = stack.merge_bias(0, site, weights[f"{site}.bias"])
-    return weights
 
 
 def merge_adapter(
