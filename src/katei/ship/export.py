@@ -26,7 +26,7 @@ from katei.core.errors import AdapterError
 from katei.core.files import folder_atomic, write_json, write_text
 from katei.engine.lockstep import score_rows
 from katei.methods.adalora import AdaLoRAStack
-from katei.methods.contract import HEAD, Stack
+from katei.methods.contract import HEAD, Stack, merged_weights
 from katei.methods.lora import LoRAStack
 from katei.methods.saved import SavedAdapter, read_adapter
 from katei.ship.gguf_file import check_written, lora_tensors, model_tensors, write_lora, write_model
@@ -34,7 +34,6 @@ from katei.ship.models import (
     Agreement,
     check_free,
     compared,
-    merged_weights,
     next_token_probabilities,
     plain_config,
     plain_probabilities,
