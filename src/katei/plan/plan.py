@@ -202,6 +202,7 @@ class Planner:
         if self.device.kind == "cuda":
             return self.need(trace)
         file = weights_file(self.config, torch.float32)
+        # whole weights come and go, which malloc maps one by one: no holes
         return process_bytes(self.resident_bytes, file, trace.parts[WEIGHTS], 0, trace.live_peak_bytes, returned=True)
 
     def seconds(self, run: Run) -> float | None:
