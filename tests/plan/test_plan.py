@@ -146,7 +146,7 @@ def test_prediction_and_merge_hold_what_is_planned_to_the_byte(name: str) -> Non
             again = [w.clone() for w in base.model.parameters()]
             assert merge.live_peak_bytes == weights + meter.peak
             assert len(merged) == len(again)
-    with Planner(CONFIGS["llama"], "fp32", CPU) as planner:
+    with Planner(CONFIGS["llama"], "fp32", replace(CPU, usable_bytes=64 << 20)) as planner:
         plan = planner.plan(run)
         assert plan.predict_bytes is not None
         assert (plan.merge_bytes is None) == (not method.merges)

@@ -70,12 +70,11 @@ def load_state(path: Path, lockstep: Lockstep, fingerprint: str) -> None:
                 raise RunError(
                     "belongs to other data, another base or another recipe", file=path, hint="--overwrite starts again"
                 )
-            keys: dict[str, list[str]] = {}
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                keys.setdefault(key.split("/", 1)[0], []).append(key)
+            keys = file.keys()
             for state in lockstep.states:  # one trial's tensors at a time: all of them again would be much memory
                 name = state.trial.name
-                tensors = {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in keys[name]}
+                own = [key for key in keys if key.startswith(f"{name}/")]
+                tensors = {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in own}
                 _restore(state, lockstep, tensors, note["trials"][name])
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise RunError(

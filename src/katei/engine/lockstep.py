@@ -389,13 +389,24 @@ def score_rows(
     result = np.empty((len(rows), stacks[0].classes))
     for chosen in passes(lengths, token_budget):
         with _touched(stacks, [packed[i] for i in chosen]) as inside:
-            stream = base.stream(inside, stacks, entries if cache else None)
-            joining = cache.joining(stream) if cache else None
-            with torch.no_grad(), base.running(stream, stacks):
-                pooled_BD = base.pooled(stream, stacks, joining=joining)
-                scores_BC = torch.cat([stacks[p.stack].scores(pooled_BD[p.first : p.last], p) for p in stream.parts])
-        result[chosen] = values(torch.softmax(stream.unsort(scores_BC).double(), 1), healthy=0.5)
+            result[chosen] = _scored(base, stacks, inside, entries, cache)
     return result
+
+
+def _scored(
+    base: Base,
+    stacks: Sequence[Stack],
+    rows: Sequence[PackedRow],
+    entries: Sequence[int] | None,
+    cache: ActivationCache | None,
+) -> NDArray[np.float64]:
+    """Of one pass; a function of its own, that nothing of it is held while the next is laid out."""
+    stream = base.stream(rows, stacks, entries if cache else None)
+    joining = cache.joining(stream) if cache else None
+    with torch.no_grad(), base.running(stream, stacks):
+        pooled_BD = base.pooled(stream, stacks, joining=joining)
+        scores_BC = torch.cat([stacks[p.stack].scores(pooled_BD[p.first : p.last], p) for p in stream.parts])
+    return values(torch.softmax(stream.unsort(scores_BC).double(), 1), healthy=0.5)
 
 
 MANY_ADAPTERS = 8

@@ -36,8 +36,10 @@ NF4 = "nf4"
 """A base of 4-bit weights, planned for alone: the engine has none yet."""
 LASTING = (ADAPTERS, GRADIENTS, MOMENTS)
 
-MOST, START = 2**24, 64
-"""Of a search for the largest number: its end and its first try behind 1."""
+MOST_TOKENS, MOST_ROWS = 2**17, 2**12
+"""Where the search for the largest that fits ends: of a text, if the base itself sets no end, and of rows in a pass."""
+START = 64
+"""First try of that search behind 1."""
 Shape = Callable[[int], tuple[int, int]]
 """(rows, tokens of each) of the n-th try."""
 
@@ -65,7 +67,7 @@ class Plan:
     max_tokens: int
     """The longest text that fits, alone in its pass."""
     max_batch_size: int
-    """Rows of the planned length in one pass."""
+    """Rows of the planned length in one pass; the search ends at 4,096."""
     max_trials: int
     """Trials in lockstep, no pass larger than planned."""
     seconds_per_epoch: float | None
@@ -151,7 +153,7 @@ class Planner:
     @cached_property
     def positions(self) -> int:
         """Tokens the base can tell apart by place."""
-        return int(getattr(self.config, "max_position_embeddings", None) or MOST)
+        return int(getattr(self.config, "max_position_embeddings", None) or MOST_TOKENS)
 
     @cached_property
     def depth(self) -> int:
@@ -180,7 +182,7 @@ class Planner:
             where=trace.where,
             fits=room >= 0,
             max_tokens=self.longest_text(run),
-            max_batch_size=self.most(run, lambda n: (n, run.longest)),
+            max_batch_size=self.most(run, lambda n: (n, run.longest), MOST_ROWS),
             max_trials=max(0, len(run.trials) + room // per_trial) if room >= 0 else 0,
             seconds_per_epoch=self.seconds(run),
             predict_bytes=self.prediction(run),
@@ -217,7 +219,7 @@ class Planner:
 
     def longest_text(self, run: Run) -> int:
         """Tokens of the longest text that fits, alone in its pass."""
-        return min(self.most(run, lambda n: (1, n)), self.positions)
+        return self.most(run, lambda n: (1, n), self.positions)
 
     def need(self, trace: Trace) -> int:
         """What the device must have."""
@@ -251,8 +253,8 @@ class Planner:
             nf4=self.precision == NF4,
         )
 
-    def most(self, run: Run, shape: Shape) -> int:
-        """The largest n whose `shape(n)` = (rows, tokens) in one pass fits, to 1 %; 0 if 1 does not.
+    def most(self, run: Run, shape: Shape, end: int) -> int:
+        """The largest n up to `end` whose `shape(n)` = (rows, tokens) in one pass fits, to 1 %; 0 if 1 does not.
 
         Live bytes grow as a parabola in n (attention), piece by piece: each try is where the one through the nearest three tries
         meets the limit, between what fits and what does not.
@@ -261,17 +263,17 @@ class Planner:
         tried = {1: self._estimate(run, shape(1))}
         if tried[1] > limit:
             return 0
-        low, high, guess = 1, MOST, START
+        low, high, guess = 1, end + 1, min(START, end)
         while True:
             tried[guess] = self._estimate(run, shape(guess))
             if tried[guess] <= limit:
                 low = guess
             else:
                 high = guess
-            if low >= MOST // 2:
-                return low
             step = max(1, low // 100)
-            if high < MOST:
+            if low == end:
+                return low
+            if high <= end:
                 slope = (tried[high] - tried[low]) / (high - low)
                 if high - low <= step or tried[low] + step * slope > limit:
                     return low
