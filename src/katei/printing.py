@@ -332,11 +332,12 @@ class Continuing:
 
     def __init__(self, prompts: list[str], alone: bool):
         self.prompts, self.alone, self.begun = prompts, alone, False
+        self.console = _console()
         self.texts: dict[tuple[str | None, int], str] = {}
         self.live: Live | None = None
 
     def on_text(self, trial: str | None, prompt: int, text: str) -> None:
-        console = _console()
+        console = self.console
         if self.alone:
             if not self.begun:
                 console.print(Text(self.prompts[prompt], style="bold"), soft_wrap=True, end="")
