@@ -434,7 +434,7 @@ def every_line(N: int) -> Iterator[Line]:
         for E in ROWS:
             for truth, gap in ((0.75, 0.0), (0.95, 0.0), (0.9, 0.1)):
                 for noise in NOISES:
-                    yield from seeds_and_rows(rng, N // 2, S, E, truth, gap, noise)
+                    yield from seeds_and_rows(rng, 2 * N, S, E, truth, gap, noise)
     for rows, positives in AREAS:
         for S, truth, seeds in ((3, 0.9, 0.3), (5, 0.9, 0.3), (5, 0.98, 0.3), (5, 0.9, 0.0)):
             yield area_over_seeds(rng, N // 4, S, rows, positives, truth, seeds)
