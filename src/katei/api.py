@@ -134,7 +134,7 @@ def plan(
     """What fits on `device`, method by method, without loading or training anything; see `katei.plan`.
 
     Rows are those of `data`, or `tokens` tokens each. `device` is a card's name, a size ("8GB"), "cpu" or "auto". Flags and recipe are
-    those of `compare`. `html` writes the same as a page too.
+    those of `compare`. `html` writes the same as a page too; `lang` is the page's language and that of `rows` and `notes`.
     """
     from katei.study.planning import plan_methods
     from katei.study.recipe import load_recipe
@@ -163,6 +163,7 @@ def plan(
         precisions=precisions,
         tokens=tokens,
         classes=classes,
+        lang=lang,
         say=say,
     )
     if html is not None:

@@ -309,7 +309,7 @@ def plan(
     max_length: MaxLength = None,
     token_budget: TokenBudget = None,
     html: Annotated[Path | None, typer.Option(help="Write the picture as a page too, an .html file.")] = None,
-    lang: Annotated[str, typer.Option(help="Of the page: en or ja.")] = "en",
+    lang: Annotated[str, typer.Option(help="Of the page and the notes: en or ja.")] = "en",
     as_json: Json = False,
 ) -> None:
     """Does it fit? Memory by method and part, the largest batch and length, and the time, before anything is trained."""

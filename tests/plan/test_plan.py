@@ -188,6 +188,8 @@ def test_the_page_has_the_plans_numbers(tmp_path: Path) -> None:
     for plan in result["plans"]:
         assert f'value="{plan["device_bytes"]}"' in text
     assert '<html lang="ja">' in text
+    assert result["notes"][0].startswith("学習後")
+    assert all(note in text for note in result["notes"])
     assert "http" not in text.replace("http-equiv", "")
 
 

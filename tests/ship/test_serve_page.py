@@ -87,7 +87,9 @@ def test_what_a_person_sees(width: int, dark: bool, page: Page, server: Running,
         "what was asked stays when the language changes"
     )
     page.click("#language")
-    scrolled = page.run("return document.documentElement.scrollWidth")  # a phone's innerWidth grows with what sticks out
+    scrolled = page.run(
+        "return document.documentElement.scrollWidth"
+    )  # a phone's innerWidth grows with what sticks out
     assert scrolled <= width, "nothing to scroll sideways"
     small = page.run(
         "return [...document.querySelectorAll('button')].filter(b => b.offsetHeight && b.offsetHeight < 40).length"

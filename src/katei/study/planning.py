@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from transformers import PreTrainedConfig
@@ -27,10 +27,12 @@ from katei.plan.plan import NF4, Plan, Planner, Run, synthetic
 from katei.plan.shapes import SHAPES, bundled
 from katei.plan.time import calibrate
 from katei.study.recipe import Recipe
+from katei.study.report.words import speaker
 from katei.study.run import encode
 
 A = TypeVar("A")
 B = TypeVar("B")
+Words: TypeAlias = Callable[..., str]
 
 ROWS = 200
 """Rows of a study that is planned by a number of tokens alone."""
@@ -65,12 +67,12 @@ def shape_of(model: str, say: Callable[[str], None]) -> PreTrainedConfig:
         ) from None
 
 
-def rows_of(recipe: Recipe, config: PreTrainedConfig, tokens: int | None, classes: int) -> Rows:
+def rows_of(recipe: Recipe, config: PreTrainedConfig, tokens: int | None, classes: int, words: Words) -> Rows:
     """The data's own rows, or rows of `tokens` tokens each."""
     if tokens is not None:
         pool = synthetic(tokens, ROWS + ROWS // 4, config.vocab_size, classes)
         every = tuple(range(len(pool)))
-        return Rows(pool, every[:ROWS], every[ROWS:], (), classes, f"{tokens} tokens a row")
+        return Rows(pool, every[:ROWS], every[ROWS:], (), classes, words("plan_rows_alike", tokens=tokens))
     dataset = load_dataset(recipe.data, text=recipe.text, label=recipe.label)
     try:
         tokenizer = load_tokenizer(recipe.model)
@@ -84,7 +86,7 @@ def rows_of(recipe: Recipe, config: PreTrainedConfig, tokens: int | None, classe
         places[name] = tuple(range(len(pool), len(pool) + len(split.texts)))
         pool += encode(tokenizer, split, recipe.max_length, config.vocab_size)
     longest = max(map(len, pool.ids))
-    said = f"{recipe.data}, {len(places['train'])} training rows, {longest} tokens at most"
+    said = words("plan_rows_of", data=recipe.data, rows=len(places["train"]), tokens=longest)
     valid, test = places.get("valid", ()), places.get("test", ())
     return Rows(pool, places["train"], valid, test, len(dataset.label_names), said)
 
@@ -141,9 +143,11 @@ def plan_methods(
     precisions: Sequence[str],
     tokens: int | None,
     classes: int = 2,
+    lang: str = "en",
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Every method alone, in every precision, on one device."""
+    """Every method alone, in every precision, on one device. Notes and rows are told in `lang`."""
+    words = speaker(lang)
     for precision in precisions:
         if precision not in (*PRECISIONS, NF4):
             raise RecipeError(f"no precision '{precision}'", hint=nearest(precision, [*PRECISIONS, NF4]))
@@ -151,7 +155,7 @@ def plan_methods(
     config = shape_of(recipe.model, say)
     if tokens is not None:
         _check_tokens(tokens, classes, config)
-    rows = rows_of(recipe, config, tokens, classes)
+    rows = rows_of(recipe, config, tokens, classes, words)
     asked = [
         (precision, name)
         for precision in dict.fromkeys(precisions)
@@ -179,7 +183,7 @@ def plan_methods(
         "usable_bytes": where.usable_bytes,
         "rows": rows.said,
         "plans": [asdict(plan) for plan in plans],
-        "notes": [_afterwards(plans, where), *_notes(recipe, where, precisions)],
+        "notes": [_afterwards(plans, where, words), *_notes(recipe, where, precisions, words)],
     }
 
 
@@ -193,32 +197,30 @@ def _check_tokens(tokens: int, classes: int, config: PreTrainedConfig) -> None:
         raise RecipeError(f"tokens is {tokens:,}, and this base reads {most:,} at most", hint=f"--tokens {most}")
 
 
-def _afterwards(plans: Sequence[Plan], where: Device) -> str:
+def _afterwards(plans: Sequence[Plan], where: Device, words: Words) -> str:
     """What using the adapters takes, at most."""
     said = []
     for what, sizes in (
-        ("predicting", [plan.predict_bytes for plan in plans]),
-        ("a merge in fp32, checked,", [plan.merge_bytes for plan in plans]),
+        ("plan_predicting", [plan.predict_bytes for plan in plans]),
+        ("plan_merging", [plan.merge_bytes for plan in plans]),
     ):
         most = max((size for size in sizes if size is not None), default=None)
         if most is not None:
-            fits = "" if most <= where.usable_bytes else ", too much"
-            said.append(f"{what} takes {most / 2**30:.2f} GiB at most{fits}")
-    return "afterwards " + "; ".join(said)
+            fits = "" if most <= where.usable_bytes else words("plan_not_that")
+            said.append(words(what, gib=f"{most / 2**30:.2f}") + fits)
+    return words("plan_afterwards", said="; ".join(said))
 
 
-def _notes(recipe: Recipe, where: Device, precisions: Sequence[str]) -> list[str]:
+def _notes(recipe: Recipe, where: Device, precisions: Sequence[str], words: Words) -> list[str]:
     notes = []
     if Full.name in recipe.methods and set(precisions) != {"fp32"}:
-        notes.append("full fine-tuning trains the weights themselves, in fp32 alone")
+        notes.append(words("plan_full_fp32"))
     if NF4 in precisions:
-        notes.append("nf4 is the 4-bit base of bitsandbytes; katei plans for one and does not train on one yet")
+        notes.append(words("plan_nf4"))
     if "bf16" in precisions and not where.bf16:
-        notes.append(
-            f"{where.name} multiplies no bf16 (cards before Ampere): --precision fp16, with its loss scale, is as small"
-        )
+        notes.append(words("plan_no_bf16", device=where.name))
     if "fp16" in precisions and where.kind == "cpu":
-        notes.append("fp16 is slow on a CPU; bf16 takes as little memory")
+        notes.append(words("plan_fp16_cpu"))
     if where.kind == "cuda" and where.here is None:
-        notes.append("CUDA's allocator by its documented rules; not measured on a GPU yet")
+        notes.append(words("plan_cuda"))
     return notes

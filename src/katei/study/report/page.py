@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from katei.plan.parts import four_parts
 from katei.study.comparison import MAJORITY, REFERENCES
 from katei.study.report.draw import UNIT, Axis, Band, Bin, axis, band, calibration_bins, polyline, roc_curve, thinned
 from katei.study.report.gather import HARD_SHOWN, Facts
-from katei.study.report.words import words_of
+from katei.study.report.words import speaker
 from katei.study.verdicts import more_labels
 
 METRICS = ("accuracy", "roc_auc", "macro_f1", "log_loss", "brier", "calibration_error")
@@ -46,16 +46,6 @@ def environment_of(lang: str) -> jinja2.Environment:
     }
     environment.filters["duration"] = lambda seconds: duration(seconds, lang)
     return environment
-
-
-def speaker(lang: str) -> Callable[..., str]:
-    """`say(key, …)`: the page's words with their places filled in."""
-    words = words_of(lang)
-
-    def say(key: str, **values: Any) -> str:
-        return words[key].format(**values) if values else words[key]
-
-    return say
 
 
 def render(facts: Facts) -> str:

@@ -9,7 +9,8 @@ from katei import __version__
 from katei.core.errors import RunError
 from katei.core.files import write_text
 from katei.plan.parts import four_parts
-from katei.study.report.page import environment_of, speaker
+from katei.study.report.page import environment_of
+from katei.study.report.words import speaker
 
 
 def check_page(out: Path) -> None:
