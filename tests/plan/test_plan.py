@@ -181,6 +181,13 @@ def test_what_fits_most_fits_and_one_more_step_does_not(name: str) -> None:
                 assert live(int(n * 1.03) + 2) > planner.live_limit(run)
 
 
+@pytest.mark.parametrize("end", [1, 40, 70])
+def test_the_search_for_the_most_has_an_end(end: int) -> None:
+    run = run_of("ia3", trials=1, batch_size=1)
+    with Planner(CONFIGS["llama"], "fp32", CPU) as planner:
+        assert planner.most(run, lambda n: (n, run.longest), end) == end
+
+
 def test_the_page_has_the_plans_numbers(tmp_path: Path) -> None:
     page = tmp_path / "plan.html"
     result = api.plan(model="llm-jp-3-150m", methods=["lora", "full"], device="8GB", tokens=20, html=page, lang="ja")
