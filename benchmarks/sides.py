@@ -85,7 +85,8 @@ class Sides:
     def lockstep(self, task: Task) -> Lockstep:
         pool = task.train + task.valid + (task.test or Tokens((), ()))
         valid = tuple(range(len(task.train), len(task.train) + len(task.valid)))
-        return Lockstep(self.base, [replace(trial, valid=valid) for trial in task.trials], CLASSES, pool)
+        classes = max(CLASSES, *(label + 1 for label in pool.labels))
+        return Lockstep(self.base, [replace(trial, valid=valid) for trial in task.trials], classes, pool)
 
     def theirs(self, task: Task, only: Sequence[str] | None = None) -> Side:
         """Each trial by itself with peft + Trainer (or `only` those named), beginning where ours does."""
