@@ -32,6 +32,8 @@ SHAPES = ("HuggingFaceTB/SmolLM2-360M", "llm-jp/llm-jp-3-440m", "Qwen/Qwen3-0.6B
 LAYERS = 8
 """Of each shape, so that a case takes a minute here."""
 PROFILES = ("short", "mixed", "long")
+MANY = ("lora", "p-tuning", "ia3")
+"""Methods, one per shape, of which 30 trials are trained together on rows of many lengths, as a tuned study does."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ class Case:
     def lengths(self) -> list[int]:
         """Tokens of each training row, the same each time; validation and test rows are the same rows."""
         rng = random.Random(f"{self.shape}/{self.profile}")
-        few, low, high = {"short": (9, 5, 25), "mixed": (6, 5, 200), "long": (3, 150, 300)}[self.profile]
+        few, low, high = {"short": (9, 5, 25), "mixed": (6, 5, 200), "long": (3, 150, 300), "many": (24, 5, 25)}[
+            self.profile
+        ]
         return [rng.randint(low, high) for _ in range(few)]
 
     def texts(self) -> list[str]:
@@ -73,6 +77,7 @@ def cases(shapes: Sequence[str], quick: bool) -> list[Case]:
                 trials = 1 if method == "full" or profile == "long" else rng.choice((1, 1, 3, 6))
                 found.append(Case(shape, method, profile, rng.choice((1, 4)), precision, rng.random() < 0.3, trials))
     rng.shuffle(found)
+    found += [Case(shape, method, "many", 1, "fp32", False, 30) for shape, method in zip(shapes, MANY, strict=False)]
     return found[:3] if quick else found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -163,3 +165,24 @@ def test_a_trials_infinity_reaches_no_other_adapter() -> None:
     for gradient in (to_a, to_b):
         assert gradient[[0, 2]].isfinite().all()
         assert not gradient[1].isfinite().all()
+
+
+MANY_LENGTHS = """
+from katei.base.ops import product
+from katei.core.machine import resident_bytes
+import torch
+weights = [torch.randn(64, 64), torch.randn(192, 64), torch.randn(64, 192)]
+def all_products(tokens):
+    for w in weights: product(torch.zeros(tokens, w.shape[1]), w)
+all_products(1000)
+before = resident_bytes()
+for tokens in range(300, 700): all_products(tokens)
+print(resident_bytes() - before)
+"""
+
+
+def test_passes_of_many_lengths_leave_little_behind() -> None:
+    if not ops.ONE_DNN:
+        pytest.skip("no oneDNN in this torch, whose kernels these are")
+    done = subprocess.run([sys.executable, "-c", MANY_LENGTHS], stdout=subprocess.PIPE, text=True, check=True)
+    assert int(done.stdout) < 100 << 20, "446 MB stay where oneDNN keeps as many kernels as it likes"

@@ -14,6 +14,7 @@ Dimensions: T tokens · I inputs · O outputs · D width · H heads · K head si
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,6 +33,11 @@ ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 
 ONE_DNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
+KERNELS_KEPT = 64
+"""By oneDNN, and by torch on top of it, unless the environment says otherwise. Each number of tokens in a pass has kernels of its own,
+some twenty for all layers; the 1,024 that both would keep were as much memory again as 60 trials' tensors, and split the heap."""
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, str(KERNELS_KEPT))  # read at the first product
 
 _planned_kind: ContextVar[str | None] = ContextVar("planned_kind", default=None)
 
