@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--methods", default=",".join(BOOK))
     parser.add_argument("--max-length", type=int, default=200)
-    parser.add_argument("--part", type=int, default=20, help="training rows on which peft + Trainer is timed")
+    parser.add_argument("--part", type=int, default=20, help="training rows on which peft + Trainer is timed; 0: not at all")
     parser.add_argument("--check", action="store_true", help="the grid twice, raced and whole")
     options = parser.parse_args()
     if options.quick:
@@ -167,6 +167,8 @@ def main() -> None:
         same = sum(both[0][key] == both[1][key] for key in both[0]) / len(both[0])
         figures.add("same setting chosen", "share", [same], case=case)
         say(f"  the same verdict: {raced.results['verdict'] == whole.results['verdict']}")
+    if not options.part:
+        return
     per_row = theirs(raced, data, options.part)
     rows = grid_rows(raced)
     extrapolated = sum(seconds * rows for seconds in per_row.values())
@@ -174,7 +176,9 @@ def main() -> None:
     for name, seconds in per_row.items():
         figures.add("seconds per training row", "s", [seconds], case=f"theirs, {name}", note=note)
     figures.add("seconds", "s", [extrapolated], case=f"{case}, theirs, extrapolated", note=note)
-    figures.add("ratio", "×", [extrapolated / raced.environment["seconds"]["total"]], case=case, note=note)
+    spent = raced.environment["seconds"]
+    figures.add("ratio, training against all of ours", "×", [extrapolated / spent["total"]], case=case, note=note)
+    figures.add("ratio, training against training", "×", [extrapolated / spent["train"]], case=case, note=note)
     summary = options.out / "cost.json"
     summary.write_text(json.dumps({"theirs_seconds_per_row": per_row, "grid_rows": rows}, indent=1), encoding="utf-8")
 
