@@ -128,7 +128,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--methods", default=",".join(BOOK))
     parser.add_argument("--max-length", type=int, default=200)
-    parser.add_argument("--part", type=int, default=20, help="training rows on which peft + Trainer is timed; 0: not at all")
+    parser.add_argument(
+        "--part", type=int, default=20, help="training rows on which peft + Trainer is timed; 0: not at all"
+    )
     parser.add_argument("--check", action="store_true", help="the grid twice, raced and whole")
     options = parser.parse_args()
     if options.quick:
