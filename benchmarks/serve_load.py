@@ -15,7 +15,6 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
@@ -65,7 +64,6 @@ METHOD_OF = (
 )
 """Of the ten adapters, in the order they are added."""
 OVERLOAD_ROWS = 8
-SMALL_CACHES = {"LRU_CACHE_CAPACITY": "32", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
 
 Asked = tuple[str, int]
 """(adapter, text)"""
@@ -151,11 +149,11 @@ def in_turn(adapters: Sequence[str], texts: int) -> Iterator[Asked]:
 
 
 @contextmanager
-def server(folders: Sequence[Path], *flags: str, environment: dict[str, str] | None = None) -> Iterator[int]:
+def server(folders: Sequence[Path], *flags: str) -> Iterator[int]:
     """`katei serve` on a free port, stopped as a user would."""
     command = [sys.executable, "-c", "from katei.cli import main; main()", "serve", *map(str, folders), "--port", "0"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*command, *flags], **pipes, env=os.environ | (environment or {})) as process:
+    with subprocess.Popen([*command, *flags], **pipes) as process:
         assert process.stderr is not None
         told = ""
         for line in process.stderr:
@@ -308,23 +306,19 @@ def memory(figures: Figures, loaded: Any, texts: Sequence[str], folder: Path, re
     base = Base(tiny.model, tiny.tokenizer, name=name, fingerprint=tiny.fingerprint)
     folders = make_adapters(base, name, name, folder / "tiny-adapters")
     offline = Offline(base, folders, texts)
-    # torch and oneDNN keep the kernels of the last 1,024 shapes (here 0.2 MiB each), and each length of a stream is a shape:
-    # as it is, memory rises until all lengths were seen; with small caches only what this project itself keeps could rise
-    as_it_is: dict[str, str] = {}
-    for kernels, environment in (("kernel caches as they are", as_it_is), ("kernel caches of 32", SMALL_CACHES)):
-        with server(folders, environment=environment) as port:
-            load(port, offline, list(offline.stacks), 8, seconds=600, requests=requests // 4)  # warm
-            held = [metric(port, "katei_resident_bytes")]
-            for _ in range(4):
-                told = load(port, offline, list(offline.stacks), 8, seconds=600, requests=requests // 4)
-                if len(told.latencies) != requests // 4:
-                    sys.exit(f"{len(told.latencies)} answers to {requests // 4} requests")
-                held.append(metric(port, "katei_resident_bytes"))
-        mebibytes = [one / 2**20 for one in held]
-        note = f"resident MiB at the start, each quarter and the end: {', '.join(f'{one:.1f}' for one in mebibytes)}"
-        say(f"  {note}")
-        case = f"{requests:,} requests, 8 clients, 10 adapters, tiny model, {kernels}"
-        figures.add("memory growth", "MiB", [mebibytes[-1] - mebibytes[0]], case=case, note=note)
+    with server(folders) as port:
+        load(port, offline, list(offline.stacks), 8, seconds=600, requests=requests // 4)  # warm
+        held = [metric(port, "katei_resident_bytes")]
+        for _ in range(4):
+            told = load(port, offline, list(offline.stacks), 8, seconds=600, requests=requests // 4)
+            if len(told.latencies) != requests // 4:
+                sys.exit(f"{len(told.latencies)} answers to {requests // 4} requests")
+            held.append(metric(port, "katei_resident_bytes"))
+    mebibytes = [one / 2**20 for one in held]
+    note = f"resident MiB at the start, each quarter and the end: {', '.join(f'{one:.1f}' for one in mebibytes)}"
+    say(f"  {note}")
+    case = f"{requests:,} requests, 8 clients, 10 adapters, tiny model"
+    figures.add("memory growth", "MiB", [mebibytes[-1] - mebibytes[0]], case=case, note=note)
 
 
 def main() -> None:
