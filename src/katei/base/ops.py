@@ -33,7 +33,7 @@ ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 
 ONE_DNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
-KERNELS_KEPT = 64
+KERNELS_KEPT = 32
 """By oneDNN, and by torch on top of it, unless the environment says otherwise. Each number of tokens in a pass has kernels of its own,
 some twenty for all layers; the 1,024 that both would keep were as much memory again as 60 trials' tensors, and split the heap."""
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
