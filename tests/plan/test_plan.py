@@ -23,6 +23,7 @@ from katei.plan import fake
 from katei.plan.devices import find_device
 from katei.plan.plan import Planner, Run
 from katei.plan.shapes import SHAPES, bundled
+from katei.study.planning import in_processes
 
 CPU = replace(find_device("cpu"), usable_bytes=1 << 40)
 
@@ -186,6 +187,11 @@ def test_the_search_for_the_most_has_an_end(end: int) -> None:
     run = run_of("ia3", trials=1, batch_size=1)
     with Planner(CONFIGS["llama"], "fp32", CPU) as planner:
         assert planner.most(run, lambda n: (n, run.longest), end) == end
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 9])
+def test_work_is_dealt_out_and_comes_back_in_order(n: int) -> None:
+    assert in_processes(lambda some: [10 * x for x in some], range(n)) == [10 * x for x in range(n)]
 
 
 def test_the_page_has_the_plans_numbers(tmp_path: Path) -> None:

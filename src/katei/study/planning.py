@@ -101,22 +101,23 @@ def run_of(recipe: Recipe, name: str, rows: Rows) -> Run:
 
 
 def in_processes(work: Callable[[Sequence[A]], list[B]], items: Sequence[A]) -> list[B]:
-    """`work` on all items, in order, shared out over the cores by forking where that is possible: only shapes are computed, so
-    there are no threads of torch's that a fork could lose.
+    """`work` on all items, in order, dealt out to the cores to and fro (the next ones take about as long as each other) by forking
+    where that is possible: only shapes are computed, so there are no threads of torch's that a fork could lose.
     """
     count = min(len(items), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     if count < 2 or "fork" not in multiprocessing.get_all_start_methods():
         return work(items)
-    results: list[list[B]] = []
+    results: dict[int, B] = {}
+    dealt = [[i for i in range(len(items)) if i % (2 * count) in (k, 2 * count - 1 - k)] for k in range(count)]
     fork = multiprocessing.get_context("fork")
     ends = []
-    for k in range(count):
+    for mine in dealt:
         here, there = fork.Pipe(duplex=False)
-        process = fork.Process(target=_send, args=(there, work, items[k::count]))
+        process = fork.Process(target=_send, args=(there, work, [items[i] for i in mine]))
         process.start()
         there.close()
         ends.append((here, process))
-    for here, process in ends:
+    for mine, (here, process) in zip(dealt, ends, strict=True):
         try:
             answer = here.recv()
         except EOFError:
@@ -124,8 +125,8 @@ def in_processes(work: Callable[[Sequence[A]], list[B]], items: Sequence[A]) -> 
         process.join()
         if isinstance(answer, BaseException):
             raise answer
-        results.append(answer)
-    return [results[i % count][i // count] for i in range(len(items))]
+        results |= zip(mine, answer, strict=True)
+    return [results[i] for i in range(len(items))]
 
 
 def _send(there: Any, work: Callable[[Sequence[A]], list[B]], items: Sequence[A]) -> None:
