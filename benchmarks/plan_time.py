@@ -3,7 +3,7 @@
     python -m benchmarks.plan_time [--quick] [--own]
 
 Each case is calibrated anew (two seconds), predicted, then trained for one epoch and its evaluation. And what planning itself takes, in
-seconds and memory of all its processes: the six methods of a 1.8 B base for an 8 GB card (`--own`: that alone).
+seconds and memory of all its processes: all methods of a 1.8 B base for an 8 GB card (`--own`: that alone).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from katei.base.packed import Base
 from katei.data import load_dataset
 from katei.engine.lockstep import Lockstep, Tokens, Trial
 from katei.engine.optimizer import Training
-from katei.methods import BOOK, METHODS
+from katei.methods import METHODS
 from katei.plan.devices import find_device
 from katei.plan.plan import Planner, Run
 from katei.plan.time import calibrate
@@ -70,7 +70,7 @@ def own_cost(figures: Figures) -> None:
     """Proportional set sizes are added, so that what forked processes share counts once."""
     import psutil
 
-    methods = ",".join(BOOK)
+    methods = ",".join(METHODS)
     command = [sys.executable, "-W", "ignore", "-m", "katei.cli", "plan", "--tokens", "60", "--model", BIG]
     command += ["--device", "rtx2070", "--method", methods]
     took, most = [], 0
@@ -84,7 +84,7 @@ def own_cost(figures: Figures) -> None:
         with suppress(psutil.Error):
             most = max(most, sum(p.memory_full_info().pss for p in [whole, *whole.children(recursive=True)]))
         time.sleep(0.05)
-    case = f"{BIG}, {len(BOOK)} methods, rtx2070"
+    case = f"{BIG}, {len(METHODS)} methods, rtx2070"
     figures.add("planning itself", "s", took, case=case, bound=20)
     figures.add("planning itself, memory", "GiB", [most / 2**30], case=case, bound=1.5)
 
