@@ -87,10 +87,8 @@ def test_what_a_person_sees(width: int, dark: bool, page: Page, server: Running,
         "what was asked stays when the language changes"
     )
     page.click("#language")
-    scrolled = page.run(
-        "return document.documentElement.scrollWidth"
-    )  # a phone's innerWidth grows with what sticks out
-    assert scrolled <= width, "nothing to scroll sideways"
+    scrolled = page.run("return document.documentElement.scrollWidth")
+    assert scrolled <= width, "nothing to scroll sideways"  # not innerWidth: a phone's grows with what sticks out
     small = page.run(
         "return [...document.querySelectorAll('button')].filter(b => b.offsetHeight && b.offsetHeight < 40).length"
     )
