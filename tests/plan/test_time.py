@@ -29,6 +29,18 @@ def test_a_product_takes_its_operations() -> None:
     assert clock.calls == 1
 
 
+def test_one_dnn_makes_a_kernel_for_each_shape_once() -> None:
+    if not ops.ONE_DNN:
+        pytest.skip("this torch has no oneDNN")
+    w = torch.randn(4, 16)
+    with Clock(replace(FREE, kernel_seconds=1.0)) as clock:
+        for rows in (8, 8, 9):
+            ops.product(torch.randn(rows, 16), w)
+        ops.product(torch.randn(8, 4), w.t())
+        torch.mm(torch.randn(8, 16), w.t())  # another library's
+    assert clock.seconds == pytest.approx(3.0)
+
+
 def test_the_rest_takes_its_bytes_and_a_lookup_no_more_than_it_gives() -> None:
     x, table = torch.empty(8, 16, device="meta"), torch.empty(1000, 16, device="meta")
     ids = torch.zeros(8, dtype=torch.long, device="meta")
@@ -77,6 +89,7 @@ def test_a_calibration_measures_this_machines_products() -> None:
     machine = calibrate(CONFIGS["llama"], torch.float32, CPU, seconds=0.3)
     assert all(value > 0 for value in (*machine.rate.values(), machine.bandwidth, machine.batched_rate))
     assert 1e-7 < machine.call_seconds < 1e-2
+    assert 0 <= machine.kernel_seconds < 0.1
     rows, width = 1024, CONFIGS["llama"].hidden_size
     x, w = torch.randn(rows, width), torch.randn(4 * width, width)
     ops.product(x, w)

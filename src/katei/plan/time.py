@@ -1,10 +1,11 @@
 """How long an epoch takes on this machine: the engine's own operations, counted on shapes, at the rates just measured here.
 
-    seconds of an operation = overhead + max( operations ÷ rate,  bytes read and written ÷ bandwidth )
+    seconds of an operation = overhead + max( operations ÷ rate,  bytes read and written ÷ bandwidth ) + making its kernel, if new
 
 A product's rate goes by its rows (tokens): few rows are bound by reading the weights, many by arithmetic, and both are measured on
 this base's own shapes, with weights as cold as they are in a step. The overhead is that of a step of the engine on a tiny base, where
-there is nothing else. The calibration takes about two seconds.
+there is nothing else. oneDNN makes a kernel for every number of rows and shape of weights; few are kept (`ops.KERNELS_KEPT`), so that
+each step and each pass of an evaluation is taken to make its own. The calibration takes about two seconds.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ from katei.methods.lora import LoRA
 ROWS = (4, 32, 128, 512, 1024)
 """Tokens at which products are timed."""
 
+FIRST_ROWS = range(33, 43)
+"""Tokens, not of `ROWS`, at which making a kernel is timed."""
+
 _aten = torch.ops.aten
-_PRODUCTS: dict[Any, int] = {_aten.mm: 0, _aten.addmm: 1}
+_ONE_DNN = torch.ops.mkldnn._linear_pointwise if ops.ONE_DNN else None
+_PRODUCTS: dict[Any, int] = {_aten.mm: 0, _aten.addmm: 1, _ONE_DNN: 0}
 """Of two matrices: the place of the first among the arguments."""
-if ops.ONE_DNN:
-    _PRODUCTS[torch.ops.mkldnn._linear_pointwise] = 0
 _LOOKUPS = {_aten.embedding, _aten.index_select, _aten.index, _aten.gather}
 """They read no more than they give."""
 
@@ -56,6 +59,8 @@ class Machine:
     """Bytes read and written per second by elementwise operations."""
     call_seconds: float
     """Of one operation, however small, with the engine's own time around it."""
+    kernel_seconds: float = 0.0
+    """What a product of rows and weights takes more when it is the first of its shape."""
     queued: bool = False
     """The device works while the host goes on (CUDA): of the two the slower one counts."""
 
@@ -79,6 +84,7 @@ class Clock(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.machine = machine
         self.seconds = 0.0
         self.calls = 0
+        self.kernels: set[Any] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -97,10 +103,19 @@ class Clock(TorchDispatchMode):  # type: ignore[no-untyped-call]
             x = args[_PRODUCTS[name]]
             rows = x.shape[0]
             seconds = max(seconds, self.machine.product_seconds(rows, 2.0 * x.numel() * result.shape[-1]))
+            if name is _ONE_DNN:
+                seconds += self._kernel_seconds(x, args[1])
         elif name in flop_registry:
             flops = flop_registry[name](*args, **kwargs, out_val=result)
             seconds = max(seconds, flops / self.machine.batched_rate)
         return seconds
+
+    def _kernel_seconds(self, x: Tensor, w: Tensor) -> float:
+        kernel = (x.shape, w.shape, w.stride())
+        if kernel in self.kernels:
+            return 0.0
+        self.kernels.add(kernel)
+        return self.machine.kernel_seconds
 
 
 def _bytes(tree: Any) -> int:
@@ -126,11 +141,12 @@ def calibrate(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
                     ops.product(x[w.shape[1]], w)
 
             rate[rows] = 2.0 * rows * numbers / _seconds(multiply, 0.12 * seconds, device)
+        kernel = _first_seconds(weights[0], random) if ops.one_dnn(weights[0][0]) else 0.0
         a, b = random(36, 64, 64), random(36, 64, 64)
         batched = 2.0 * 36 * 64**3 / _seconds(lambda: torch.bmm(a, b), 0.1 * seconds, device)
         y, z = random(1024, mlp), random(1024, mlp)
         bandwidth = 5 * y.nbytes / _seconds(lambda: F.silu(y) * z, 0.1 * seconds, device)
-    return Machine(rate, batched, bandwidth, _overhead(0.2 * seconds, device), queued=device.type == "cuda")
+    return Machine(rate, batched, bandwidth, _overhead(0.2 * seconds, device), kernel, device.type == "cuda")
 
 
 def _matrices(config: PreTrainedConfig) -> list[tuple[int, int]]:
@@ -140,6 +156,20 @@ def _matrices(config: PreTrainedConfig) -> list[tuple[int, int]]:
     own, shared = heads * size, int(getattr(config, "num_key_value_heads", None) or heads) * size
     mlp = int(getattr(config, "intermediate_size", None) or 4 * width)
     return [(own, width), (shared, width), (shared, width), (width, own), (mlp, width), (mlp, width), (width, mlp)]
+
+
+def _first_seconds(weights: Sequence[Tensor], random: Callable[[int, int], Tensor]) -> float:
+    """What the first product of so many rows takes more than the second; the median over numbers of rows and shapes of weights."""
+    more = []
+    for rows in FIRST_ROWS:
+        for w in {w.shape: w for w in weights}.values():
+            x = random(rows, w.shape[1])
+            times = [time.perf_counter()]
+            for _ in range(2):
+                ops.product(x, w)
+                times.append(time.perf_counter())
+            more.append((times[1] - times[0]) - (times[2] - times[1]))
+    return max(0.0, float(np.median(more)))
 
 
 def _overhead(budget: float, device: torch.device) -> float:
@@ -156,7 +186,7 @@ def _overhead(budget: float, device: torch.device) -> float:
 
 
 def _seconds(run: Callable[[], Any], budget: float, device: torch.device) -> float:
-    """The lower quartile of the times of `run`, repeated for `budget` seconds: what else goes on here only makes it slower."""
+    """The median of the times of `run`, repeated for `budget` seconds."""
     wait: Callable[[], None] = getattr(torch, device.type).synchronize
     run()
     times: list[float] = []
@@ -167,7 +197,7 @@ def _seconds(run: Callable[[], Any], budget: float, device: torch.device) -> flo
         run()
         wait()
         times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 4]
+    return sorted(times)[len(times) // 2]
 
 
 def epoch_seconds(engine: Lockstep, machine: Machine) -> float:
