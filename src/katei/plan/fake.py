@@ -54,8 +54,8 @@ class Trace:
     """Numbers trained by one trial of the first method."""
     total: int
     checkpointing: bool
-    looked_up: int
-    """Different tokens that the embedding is asked for."""
+    looked_up: frozenset[int]
+    """Tokens that the embedding is asked for."""
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def trace_prediction(base: Base, method: Method, classes: int, pool: Tokens, tok
         rows = [PackedRow(0, 0, ids) for ids in pool.ids]
         heaviest = _heaviest_of(base, [stack], None, rows, token_budget)
         score_rows(base, [stack], [(0, 0, row.ids) for row in heaviest], token_budget=token_budget)
-        return _traced(meter, base, stack, "predict", len({token for ids in pool.ids for token in ids}))
+        return _traced(meter, base, stack, "predict", _tokens(pool))
 
 
 def trace_merge(base: Base, method: Method, classes: int) -> Trace:
@@ -143,7 +143,7 @@ def trace_merge(base: Base, method: Method, classes: int) -> Trace:
         meter.claim(base.frozen_tensors(), WEIGHTS)  # those that a merge leaves as they are
         again = [torch.empty_like(weight) for weight in base.model.parameters()]
         meter.claim(again, MERGED)
-        return _traced(meter, base, stack, "merge", 0)
+        return _traced(meter, base, stack, "merge", frozenset())
 
 
 def _adapter(base: Base, method: Method, classes: int, meter: Meter) -> Stack:
@@ -154,7 +154,7 @@ def _adapter(base: Base, method: Method, classes: int, meter: Meter) -> Stack:
 
 
 def _traced(
-    meter: Meter, base: Base, stack: Stack, where: str, looked_up: int, *, checkpointing: bool = False
+    meter: Meter, base: Base, stack: Stack, where: str, looked_up: frozenset[int], *, checkpointing: bool = False
 ) -> Trace:
     return Trace(
         events=tuple(meter.events),
@@ -184,10 +184,14 @@ def _matrices(base: Base) -> list[Tensor]:
     return [weight for weight in base.model.parameters() if weight.dim() == 2 and weight is not embedding]
 
 
-def _looked_up(engine: Lockstep) -> int:
+def _looked_up(engine: Lockstep) -> frozenset[int]:
     if any(isinstance(state.trial.method, Full) for state in engine.states):
-        return engine.base.vocabulary  # it is copied whole
-    return len({token for ids in engine.pool.ids for token in ids})
+        return frozenset(range(engine.base.vocabulary))  # it is copied whole
+    return _tokens(engine.pool)
+
+
+def _tokens(pool: Tokens) -> frozenset[int]:
+    return frozenset(token for ids in pool.ids for token in ids)
 
 
 def heaviest_steps(engine: Lockstep) -> list[int]:

@@ -1,22 +1,30 @@
 """What a process on the CPU holds at its peak: the resident memory that a task manager shows.
 
     while loading   what was there before + the largest weight; where their type is another one: + the file, mapped, + the weights
-    while running   what was there before + all live tensors - the embedding's rows no text has (a mapped file's page is read when it
+    while running   what was there before + all live tensors - what no text needs of the embedding (a mapped file's page is read when it
                     is looked at) + SCRATCH_BYTES + HOLES of the short-lived ones
 
-What was there before (Python, torch, transformers, the tokenizer, the data) is measured, not guessed. The constants were fitted on
+What was there before (Python, torch, transformers, the tokenizer, the data) is measured, not guessed; and so is what looking at the
+texts' tokens maps of an embedding whose file is here. The constants were fitted on
 SmolLM2-135M and llm-jp-3-150m (`benchmarks/LOG.md`), and are judged on others (`benchmarks/plan_error.py`).
 """
 
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModel, PreTrainedConfig
 
+from katei.base.folder import weight_files
 from katei.base.quiet import quiet
+from katei.core.errors import BaseError
+from katei.core.machine import mapped_bytes
 
 HOLES = 0.1
 """Of short-lived tensors, what malloc's heap keeps between them when passes differ in size: 0.0 to 0.3 were seen. None where freed
@@ -25,7 +33,7 @@ SCRATCH_BYTES, SCRATCH_RETURNED = 140 << 20, 110 << 20
 """Kernels that oneDNN generates, the BLAS' and autograd's own buffers, libraries loaded late, the tables written at the end; less where
 freed memory is returned."""
 LOOKED_AT_BYTES = 256 << 10
-"""Of a mapped file around each place that is read: pages come in runs. 240 KiB were seen."""
+"""Of a mapped file around each place that is read, where that cannot be measured: pages come in runs. 240 KiB were seen."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +44,25 @@ class WeightsFile:
     converts: bool
     embedding: int
     """Bytes of the embedding."""
+    rows: int = 1
+    """Tokens that it knows."""
+    place: tuple[Path, int] | None = None
+    """Its file and where it begins there, if the base is on this machine."""
 
-    def unread(self, tokens: int) -> int:
-        """Of the mapped embedding, if `tokens` different ones are looked up."""
-        return 0 if self.converts else max(0, self.embedding - tokens * LOOKED_AT_BYTES)
+    def unread(self, tokens: Collection[int]) -> int:
+        """Of the mapped embedding, if these are looked up."""
+        if self.converts or len(tokens) >= self.rows:
+            return 0
+        read = self._mapped(tokens) if self.place else None
+        return max(0, self.embedding - (len(tokens) * LOOKED_AT_BYTES if read is None else read))
+
+    def _mapped(self, tokens: Collection[int]) -> int | None:
+        assert self.place is not None
+        file, start = self.place
+        row = self.embedding // self.rows
+        return mapped_bytes(
+            file, start, self.embedding, [start + row * t + end for t in tokens for end in (0, row - 1)]
+        )
 
 
 def weights_file(config: PreTrainedConfig, dtype: torch.dtype) -> WeightsFile:
@@ -50,8 +73,37 @@ def weights_file(config: PreTrainedConfig, dtype: torch.dtype) -> WeightsFile:
     with quiet(), torch.device("meta"):
         model = AutoModel.from_config(copy.deepcopy(config))
     size = sum(parameter.numel() for parameter in model.parameters())
-    embedding = model.get_input_embeddings().weight.numel()
-    return WeightsFile(size * named.itemsize, named != dtype, embedding * named.itemsize)
+    embedding = model.get_input_embeddings().weight
+    return WeightsFile(
+        size * named.itemsize,
+        named != dtype,
+        embedding.numel() * named.itemsize,
+        len(embedding),
+        _place(config, next(name for name, weight in model.named_parameters() if weight is embedding)),
+    )
+
+
+def _place(config: PreTrainedConfig, name: str) -> tuple[Path, int] | None:
+    """The file of the base's own folder with the weight `name`, and where in the file that begins; None where there is none or it
+    cannot be read, which is for loading to say.
+    """
+    folder = Path(config.name_or_path or "/nowhere")
+    try:
+        for file in weight_files(folder) if folder.is_dir() else ():
+            begin, header = _header(file)
+            for known, about in header.items():
+                if known == name or known.endswith(f".{name}"):
+                    return file, begin + int(about["data_offsets"][0])
+    except (BaseError, OSError, ValueError, LookupError, TypeError):
+        return None
+    return None
+
+
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Of a safetensors file, and where the weights begin behind it (https://huggingface.co/docs/safetensors, Format)."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        return 8 + length, dict(json.loads(opened.read(min(length, file.stat().st_size))))
 
 
 def process_bytes(
