@@ -67,8 +67,8 @@ def peak_memory_bytes() -> int:
 
 def mapped_bytes(file: Path, start: int, size: int, places: Sequence[int]) -> int | None:
     """Of `size` bytes of `file` from `start` on, how many a process holds that maps the file and looks at the bytes at `places` (within
-    the file): whole pages, and what the kernel maps around them, 64 KiB or, where it cached the file in larger pieces (Linux 6.18),
-    up to 2 MiB. None where the system does not tell, or the file ends before.
+    the file): whole pages, and what the kernel maps around them, 64 KiB or, where it cached the file in larger pieces, up to 2 MiB
+    (seen on Linux 6.18). None where the system does not tell, or the file ends before.
     """
     try:
         with file.open("rb") as opened, Path("/proc/self/pagemap").open("rb") as pagemap:
