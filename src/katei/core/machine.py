@@ -39,15 +39,20 @@ _M_MMAP_THRESHOLD = -3
 
 
 def resident_bytes() -> int:
-    """What this process holds, now. What it has freed goes back to the system first (glibc): after a conversion its heap would keep a
-    gigabyte of that, after reading a tokenizer 150 MiB.
+    """What this process holds, now, after `give_back`: after a conversion its heap would keep a gigabyte of what was freed, after
+    reading a tokenizer 150 MiB.
     """
     import psutil
 
+    give_back()
+    return int(psutil.Process().memory_info().rss)
+
+
+def give_back() -> None:
+    """What this process has freed so far goes back to the system (glibc)."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    return int(psutil.Process().memory_info().rss)
 
 
 def forget_peak_memory() -> None:

@@ -26,7 +26,7 @@ from katei.base.load import load_base, load_causal_lm, load_config, load_tokeniz
 from katei.base.packed import Base, check_ids
 from katei.core.errors import BaseError, DataError, RunError
 from katei.core.files import write_json, write_text
-from katei.core.machine import forget_peak_memory, peak_memory_bytes, return_freed_memory
+from katei.core.machine import forget_peak_memory, give_back, peak_memory_bytes, return_freed_memory
 from katei.data import Dataset, Split, cut_warnings, load_dataset
 from katei.engine.lockstep import Tokens
 from katei.methods.full import Full
@@ -118,6 +118,7 @@ def run_study(
         job.seconds["load"] += time.perf_counter() - started
         ended = _train(planned, job)
         evaluating = time.perf_counter()
+        give_back()  # zero-shot loads a base again, with its language-model head
         references = _references(job)
         curve = (
             learning_curve(ended, recipe, design, pool.labels, dataset.label_names) if recipe.learning_curve else None
