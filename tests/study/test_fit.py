@@ -90,6 +90,24 @@ def test_smaller_passes_come_first_and_then_fewer_trials(data: Path, base: Path)
         assert fit.planned_bytes <= fit.usable_bytes
 
 
+def test_zero_shot_counts_where_it_takes_more_than_training(
+    data: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "JUDGED", 1_000_000)
+    config = load_config(str(base))
+    study = asked(data, base, "ia3")
+    training = fit_study(study, config, having(1 << 40)).planned_bytes
+    with_scores = replace(study, zero_shot=True)
+    planned = fit_study(with_scores, config, having(1 << 40)).planned_bytes
+    scores = 4 * 1_000_000 * config.vocab_size
+    assert planned - training == pytest.approx(scores, rel=0.05)
+    with pytest.raises(RunError, match=r"^zero-shot does not fit: it needs .* GiB") as refused:
+        fit_study(with_scores, config, having(planned - scores // 2))
+    assert "--reference" in (refused.value.hint or "")
+    forced = fit_study(with_scores, config, having(planned - scores // 2), force=True)
+    assert forced.planned_bytes == pytest.approx(planned, rel=0.05)
+
+
 def test_waves_keep_races_together_and_every_trial_once(data: Path, base: Path) -> None:
     study = asked(data, base, "lora", "ia3", tune=2, folds=3)
     for most in range(1, len(study.planned) + 1):

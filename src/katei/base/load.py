@@ -104,9 +104,16 @@ def load_base(
     return _load(AutoModel, name, precision, device, say, tokenizer)
 
 
-def load_causal_lm(name: str, *, precision: str = "fp32", device: str = "auto", say: Say = silent) -> LoadedBase:
-    """The frozen causal LM, language-model head included."""
-    return _load(AutoModelForCausalLM, name, precision, device, say)
+def load_causal_lm(
+    name: str,
+    *,
+    precision: str = "fp32",
+    device: str = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    say: Say = silent,
+) -> LoadedBase:
+    """The frozen causal LM, language-model head included. `tokenizer` as for `load_base`."""
+    return _load(AutoModelForCausalLM, name, precision, device, say, tokenizer)
 
 
 def _load(

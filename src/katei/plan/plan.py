@@ -29,7 +29,7 @@ from katei.plan.allocator import CachingAllocator
 from katei.plan.devices import Device
 from katei.plan.fake import Trace, base_of_shape, trace_merge, trace_prediction, trace_study, without_numbers
 from katei.plan.meter import ADAPTERS, GRADIENTS, MOMENTS, WEIGHTS
-from katei.plan.process import HOLES, WeightsFile, process_bytes, weights_file
+from katei.plan.process import HOLES, WeightsFile, process_bytes, weights_file, zero_shot_bytes
 from katei.plan.time import Machine, epoch_seconds
 
 NF4 = "nf4"
@@ -206,6 +206,12 @@ class Planner:
         file = weights_file(self.config, torch.float32)
         # whole weights come and go, which malloc maps one by one: no holes
         return process_bytes(self.resident_bytes, file, trace.parts[WEIGHTS], 0, trace.live_peak_bytes, returned=True)
+
+    def zero_shot(self, judged: int) -> int:
+        """What scoring with the whole language model takes, `judged` tokens at once; 0 on CUDA, where it takes less than training."""
+        if self.device.kind == "cuda":
+            return 0
+        return zero_shot_bytes(self.resident_bytes, self.file, pick_dtype(self.precision), self.config, judged)
 
     def seconds(self, run: Run) -> float | None:
         """Of an epoch of all trials; None for a device that is not here to be timed."""

@@ -3,6 +3,8 @@
     while loading   what was there before + the largest weight; where their type is another one: + the file, mapped, + the weights
     while running   what was there before + all live tensors - what no text needs of the embedding (a mapped file's page is read when it
                     is looked at) + SCRATCH_BYTES + HOLES of the short-lived ones
+    zero-shot       what was there before + the language model, all of it, since each score looks at the whole head + SCRATCH_BYTES
+                    + the scores that are made at once
 
 What was there before (Python, torch, transformers, the tokenizer, the data) is measured, not guessed; and so is what looking at the
 texts' tokens maps of an embedding whose file is here. The constants were fitted on
@@ -41,6 +43,7 @@ class WeightsFile:
     """What is read from the disk: its bytes, and whether loading converts them."""
 
     size: int
+    numbers: int
     converts: bool
     embedding: int
     """Bytes of the embedding."""
@@ -76,6 +79,7 @@ def weights_file(config: PreTrainedConfig, dtype: torch.dtype) -> WeightsFile:
     embedding = model.get_input_embeddings().weight
     return WeightsFile(
         size * named.itemsize,
+        size,
         named != dtype,
         embedding.numel() * named.itemsize,
         len(embedding),
@@ -116,3 +120,12 @@ def process_bytes(
     holes = 0 if returned else int(HOLES * (live_peak - weights - lasting))
     running = live_peak + holes + (SCRATCH_RETURNED if returned else SCRATCH_BYTES)
     return resident + max(loading, running)
+
+
+def zero_shot_bytes(resident: int, file: WeightsFile, dtype: torch.dtype, config: PreTrainedConfig, judged: int) -> int:
+    """While the language model scores `judged` tokens at once, when training's memory has been given back."""
+    weights = file.numbers * dtype.itemsize
+    head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * dtype.itemsize
+    loading = file.size + weights + head if file.converts else 0
+    scores = judged * config.vocab_size * torch.float32.itemsize
+    return int(resident + max(loading, weights + head + SCRATCH_BYTES + scores))

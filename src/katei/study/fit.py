@@ -23,6 +23,7 @@ from katei.methods.full import Full
 from katei.plan.devices import Device
 from katei.plan.plan import Planner, Run
 from katei.study.recipe import Recipe
+from katei.study.references import JUDGED
 from katei.study.trials import Planned, groups_of
 
 SMALLEST_PASS = 64
@@ -89,6 +90,8 @@ class Asked:
     token_budget: int
     precision: str
     checkpointing: bool
+    zero_shot: bool = False
+    """The base scores the labels as a language model, when all is trained."""
 
     def run(self, planned: Sequence[Planned], token_budget: int) -> Run:
         trials = tuple(p.trial for p in planned)
@@ -114,8 +117,16 @@ def fit_study(asked: Asked, config: PreTrainedConfig, device: Device, *, force: 
         while not found.fits and most > 1:
             most = -(-most // 2)
             found = _planned(planner, asked, asked.planned, budget, most)
+        after = planner.zero_shot(JUDGED) if asked.zero_shot else 0
+        if after > device.usable_bytes and found.fits and not force:
+            raise RunError(
+                f"zero-shot does not fit: it needs {_gib(after)} of the {_gib(device.usable_bytes)} that {device.name} has free",
+                hint="leave zero-shot out of --reference; --force tries it all the same",
+            )
         if found.fits or force:
             chosen = found if found.fits else first
+            if after > chosen.planned_bytes:
+                chosen = replace(chosen, planned_bytes=after)
             one_of_each = {p.method: p for p in reversed(asked.planned)}
             alone = {
                 name: _planned(planner, asked, [one_of_each[name]], chosen.token_budget, 1).planned_bytes

@@ -167,6 +167,11 @@ def says_something(label: str) -> bool:
     return not NUMBERED.fullmatch(label.strip()) and (len(letters) > 1 or any(not x.isascii() for x in letters))
 
 
+def mute_labels(label_names: Sequence[str]) -> list[str]:
+    """Those that leave zero-shot out."""
+    return [name for name in label_names if not says_something(name)]
+
+
 def prompt_language(label_names: Sequence[str]) -> str:
     """Japanese where a label is written with kana or kanji."""
     letters = (unicodedata.name(letter, "") for label in label_names for letter in label)
@@ -182,7 +187,7 @@ def zero_shot(
     token_budget: int = 1024,
 ) -> Reference:
     """The base's own opinion of each label. It learns nothing, so each row is scored once, whatever parts it is in."""
-    mute = [name for name in label_names if not says_something(name)]
+    mute = mute_labels(label_names)
     if mute:
         named = ", ".join(f"'{name}'" for name in mute)
         note = f"left out: a base that was told nothing cannot know what {named} {'mean' if len(mute) > 1 else 'means'}"
@@ -240,8 +245,8 @@ def _judge(
         h_TD = base.norm(h_TD[[place for _, _, place in asked]][None])[0]
         for start in range(0, len(asked), JUDGED):
             score_TV = capped(base.config, model.lm_head(h_TD[start : start + JUDGED]).float())
-            log_p_TV = torch.log_softmax(score_TV.double(), 1)
-            for (ids, t, _), log_p_V in zip(asked[start : start + JUDGED], log_p_TV, strict=True):
+            for (ids, t, _), score_V in zip(asked[start : start + JUDGED], score_TV, strict=True):
+                log_p_V = torch.log_softmax(score_V.double(), 0)
                 for token in places[ids][t]:
                     places[ids][t][token] = float(log_p_V[token])
 

@@ -31,7 +31,7 @@ from katei.data import Dataset, Split, cut_warnings, load_dataset
 from katei.engine.lockstep import Tokens
 from katei.methods.full import Full
 from katei.plan.devices import this_device
-from katei.study.comparison import TFIDF
+from katei.study.comparison import TFIDF, ZERO_SHOT
 from katei.study.design import design_study
 from katei.study.fit import Asked, fit_study, read_fit, said_of
 from katei.study.folder import (
@@ -47,7 +47,7 @@ from katei.study.folder import (
 )
 from katei.study.learning_curve import learning_curve, subset_trials
 from katei.study.recipe import Recipe
-from katei.study.references import LanguageModel, Part, Reference, reference_outcomes
+from katei.study.references import LanguageModel, Part, Reference, mute_labels, reference_outcomes
 from katei.study.results import environment_of, partial_results, results_of, write_predictions
 from katei.study.training import Job, Quiet, Watcher, ended_of, train_group
 from katei.study.trials import Ended, Planned, planned_trials
@@ -95,7 +95,8 @@ def run_study(
             raise
         fit = None
     if fit is None and (overwrite or not over):
-        fit = fit_study(_asked(planned, pool, len(dataset.label_names), recipe), config, device, force=force)
+        asked = _asked(planned, pool, dataset.label_names, recipe, scored=bool(design.rows))
+        fit = fit_study(asked, config, device, force=force)
     with claimed(out):
         sweep(out)
         # an unfinished run of the same study goes on, also with --overwrite: it ends with the same bytes
@@ -158,8 +159,10 @@ def _cuts(tokenizer: Any, dataset: Dataset, max_length: int) -> list[str]:
     return list(cut_warnings(lengths, max_length))
 
 
-def _asked(planned: Sequence[Planned], pool: Tokens, classes: int, recipe: Recipe) -> Asked:
-    return Asked(tuple(planned), classes, pool, recipe.token_budget, recipe.precision, recipe.checkpointing)
+def _asked(planned: Sequence[Planned], pool: Tokens, names: Sequence[str], recipe: Recipe, scored: bool) -> Asked:
+    zero_shot = scored and ZERO_SHOT in recipe.references and not mute_labels(names)
+    how = (recipe.token_budget, recipe.precision, recipe.checkpointing)
+    return Asked(tuple(planned), len(names), pool, *how, zero_shot=zero_shot)
 
 
 def _train(planned: Sequence[Planned], job: Job) -> list[Ended]:
@@ -226,7 +229,7 @@ def _references(job: Job) -> list[Reference]:
 
     def open_model() -> LanguageModel:
         job.watcher.say("reference points: zero-shot with the base")
-        loaded = load_causal_lm(recipe.model, precision=recipe.precision, device=recipe.device)
+        loaded = load_causal_lm(recipe.model, precision=recipe.precision, device=recipe.device, tokenizer=job.tokenizer)
         whole: Any = loaded.model
         base = Base(whole.base_model, loaded.tokenizer, name=recipe.model, fingerprint=loaded.fingerprint)
         return LanguageModel(base, whole.get_output_embeddings())
