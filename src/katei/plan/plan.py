@@ -208,7 +208,7 @@ class Planner:
         return process_bytes(self.resident_bytes, file, trace.parts[WEIGHTS], 0, trace.live_peak_bytes, returned=True)
 
     def zero_shot(self, judged: int) -> int:
-        """What scoring with the whole language model takes, `judged` tokens at once; 0 on CUDA, where it takes less than training."""
+        """What scoring with the whole language model takes, `judged` tokens at once; 0 on CUDA, where it is not planned."""
         if self.device.kind == "cuda":
             return 0
         return zero_shot_bytes(self.resident_bytes, self.file, pick_dtype(self.precision), self.config, judged)

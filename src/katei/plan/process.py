@@ -47,9 +47,9 @@ class WeightsFile:
     converts: bool
     embedding: int
     """Bytes of the embedding."""
-    rows: int = 1
+    rows: int
     """Tokens that it knows."""
-    place: tuple[Path, int] | None = None
+    place: tuple[Path, int] | None
     """Its file and where it begins there, if the base is on this machine."""
 
     def unread(self, tokens: Collection[int]) -> int:
@@ -91,9 +91,9 @@ def _place(config: PreTrainedConfig, name: str) -> tuple[Path, int] | None:
     """The file of the base's own folder with the weight `name`, and where in the file that begins; None where there is none or it
     cannot be read, which is for loading to say.
     """
-    folder = Path(config.name_or_path or "/nowhere")
+    folder = config.name_or_path  # empty where only a shape is known
     try:
-        for file in weight_files(folder) if folder.is_dir() else ():
+        for file in weight_files(Path(folder)) if folder and Path(folder).is_dir() else ():
             begin, header = _header(file)
             for known, about in header.items():
                 if known == name or known.endswith(f".{name}"):
