@@ -12,7 +12,7 @@ from torch import Tensor
 
 from katei.base import ops
 from katei.base.stream import Part
-from katei.methods.ia3 import _Scale
+from katei.methods.ia3 import _Scale, _ScaleTogether
 from katei.methods.lora import low_rank, low_rank_plain
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -127,16 +127,18 @@ SEGMENTS = {
 }
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=list(SEGMENTS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_rank(segments: tuple[tuple[int, int, int], ...], dtype: torch.dtype) -> None:
-    """The adapter stays in float32 over a base of any type."""
+def test_low_rank(segments: tuple[tuple[int, int, int], ...], dtype: torch.dtype, kind: str) -> None:
+    """The adapter stays in float32 over a base of any type. The way of each kind of device, on this one."""
     where = part(segments)
     given = [random(12, 16).to(dtype), random(12, 10).to(dtype), random(3, 2, 16), random(3, 2, 10)]
     results = []
     for f in (low_rank, low_rank_plain):
         leaves = [x.clone().requires_grad_() for x in given]
-        out = f(*leaves, 0.7, where)
+        with ops.planned(kind):
+            out = f(*leaves, 0.7, where)
         results.append([out, *torch.autograd.grad(out, leaves, torch.linspace(-1, 1, 120).view(12, 10).to(dtype))])
     for ours, plain in zip(*results, strict=True):
         assert ours.dtype == plain.dtype
@@ -149,11 +151,15 @@ def test_scale(segments: tuple[tuple[int, int, int], ...]) -> None:
     where = part(segments)
     y, l_NO = random(12, 10).requires_grad_(), random(3, 10).requires_grad_()
     weight = random(12, 10)
-    ours = _Scale.apply(y, l_NO, where.segments)
     plain = y * l_NO[where.adapter_T]
-    torch.testing.assert_close(ours, plain)
-    for a, b in zip(*(torch.autograd.grad(out, (y, l_NO), weight) for out in (ours, plain)), strict=True):
-        torch.testing.assert_close(a, b)
+    for ours in (
+        _Scale.apply(y, l_NO, where.segments),
+        _ScaleTogether.apply(y, l_NO, where.adapter_T, where.others_TM(3)),
+    ):
+        torch.testing.assert_close(ours, plain)
+        found = (torch.autograd.grad(out, (y, l_NO), weight, retain_graph=True) for out in (ours, plain))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_a_trials_infinity_reaches_no_other_adapter() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import get_linear_schedule_with_warmup
 
+from katei.base import ops
 from katei.base.stream import PackedRow
 from katei.core.errors import RecipeError, RunError
 from katei.engine.checkpoint import load_state, save_state
@@ -152,6 +153,26 @@ def test_an_overflow_on_the_way_down_stays_the_trials_own(name: str, token_budge
     assert float((both.stacks[0].theta_NM[0] - alone.stacks[0].theta_NM[0]).abs().max()) < 0.02 * float(moved)
     assert wild_moved > 1e-3, "without the loss scale its own gradient fits"
     assert float(both.states[0].nats) == pytest.approx(float(alone.states[0].nats), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3"])
+def test_where_adapters_share_a_product_an_infinite_gradient_stays_its_trials_own(name: str) -> None:
+    """The way of a GPU, in float32: the wild trial's loss is finite, its gradient is not."""
+    trials = [trial(name, 0), trial(name, 1)]
+    with ops.planned("cuda"):
+        engine = Lockstep.on_split(tiny_base(), trials, 3, TOKENS, None)
+        calm = Lockstep.on_split(tiny_base(), trials[:1], 3, TOKENS, None)
+        with torch.no_grad():
+            engine.stacks[0].tensors[HEAD][1] *= 1e38
+        began = engine.stacks[0].theta_NM.clone()
+        for _ in range(3):
+            engine.tick()
+            calm.tick()
+    torch.testing.assert_close(engine.stacks[0].theta_NM[0], calm.stacks[0].theta_NM[0], rtol=1e-4, atol=1e-6)
+    assert engine.states[0].finished is None
+    moved = (engine.stacks[0].theta_NM - began).abs().amax(1)
+    assert moved[0] > 0
+    assert moved[1] == 0 or engine.states[1].finished == "diverged"
 
 
 def test_a_diverged_trials_later_rows_reach_nobody() -> None:

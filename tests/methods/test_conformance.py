@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification
 
+from katei.base import ops
 from katei.base.packed import Base
 from katei.base.stream import PackedRow
 from katei.engine.lockstep import Lockstep, Trial, score_rows
@@ -319,12 +320,15 @@ def assert_same_trials(together: Lockstep, base: Base, atol: float, **how: Any) 
         np.testing.assert_allclose(np.array(table), np.array(other), rtol=200 * atol, atol=20 * atol)
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-def test_lockstep_equals_alone_in_every_number(checkpointing: bool) -> None:
-    everyone = [trial(name, kind) for name in STACKED for kind in range(3)]
-    together = trained(BASE, everyone, token_budget=10_000, checkpointing=checkpointing)
-    assert {state.finished for state in together.states} == {"done", "early"}, "the settings should show both"
-    assert_same_trials(together, BASE, atol=5e-6, cache=checkpointing)
+def test_lockstep_equals_alone_in_every_number(checkpointing: bool, kind: str) -> None:
+    """In the way of each kind of device, on this one."""
+    everyone = [trial(name, number) for name in STACKED for number in range(3)]
+    with ops.planned(kind):
+        together = trained(BASE, everyone, token_budget=10_000, checkpointing=checkpointing)
+        assert {state.finished for state in together.states} == {"done", "early"}, "the settings should show both"
+        assert_same_trials(together, BASE, atol=5e-6, cache=checkpointing)
 
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)], ids=str)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaModel, Trainer, TrainingArguments, get_linear_schedule_with_warmup
 
+from katei.base import ops
 from katei.base.packed import Base
 from katei.base.stream import PackedRow
 from katei.engine.lockstep import Lockstep, Trial
@@ -121,11 +122,14 @@ def ours(engine: Lockstep) -> list[float]:
 @pytest.mark.parametrize(
     ("architecture", "name", "method", "batch_size"), CASES, ids=[f"{a}: {n}" for a, n, *_ in CASES]
 )
-def test_losses_and_updates_are_pefts(architecture: str, name: str, method: Method, batch_size: int) -> None:
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_losses_and_updates_are_pefts(architecture: str, name: str, method: Method, batch_size: int, kind: str) -> None:
+    """In the way of each kind of device, on this one."""
     backbone, engine = started(architecture, method, batch_size)
     exact_losses, exact = theirs(backbone, engine, torch.float64)
     peft_losses, peft = theirs(backbone, engine, torch.float32)
-    our_losses = ours(engine)
+    with ops.planned(kind):
+        our_losses = ours(engine)
     assert len(our_losses) == STEPS
     as_good_as(torch.tensor(our_losses), torch.tensor(peft_losses), torch.tensor(exact_losses))
     exact_values = torch.cat([p.detach().flatten() for p, _ in pairs(exact, engine.stacks[0], 0)])

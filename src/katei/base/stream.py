@@ -88,6 +88,17 @@ class Part:
             self.memo[key] = compute()
         return self.memo[key]
 
+    def others_TM(self, adapters: int, rank: int = 1) -> Tensor | None:
+        """Which of all adapters' `rank` columns are not the token's own: (T, adapters · rank); None where there is one adapter."""
+        if adapters == 1:
+            return None
+
+        def compute() -> Tensor:
+            owner_M = torch.arange(adapters * rank, device=self.adapter_T.device) // rank
+            return self.adapter_T[:, None] != owner_M
+
+        return self.once(("others", rank), compute)
+
     def keep_TI(self, place: int, width: int, dropout: float) -> Tensor | None:
         """Dropout's 0 or 1/(1-p) per token and column, a function of each row's own seed and the place alone.
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from katei.base import ops
 from katei.base.host import values
 from katei.base.packed import Base, place_number
 from katei.base.stream import PackedRow, passes
@@ -254,10 +255,12 @@ class Lockstep:
         for nats_B, items in losses:
             for value, item in zip(nats_B.double().unbind(), items, strict=True):
                 item.state.nats += value
+        if scale != 1.0 or ops.device_kind(self.base.embedding.weight) != "cpu":  # where trials share products
+            sound = [torch.isfinite(stack.grad_NM).all() for stack in self.stacks]
+            for s in np.flatnonzero(values(torch.stack(sound), healthy=True) == 0).tolist():
+                self._one_by_one(s, work, scale)
         if scale != 1.0:
-            for s, stack in enumerate(self.stacks):
-                if not values(torch.isfinite(stack.grad_NM).all(), healthy=True):
-                    self._one_by_one(s, work, scale)
+            for stack in self.stacks:
                 stack.grad_NM.div_(scale)
         for s, stack in enumerate(self.stacks):
             penalty_N = stack.penalty_N()
@@ -290,7 +293,7 @@ class Lockstep:
         grad_NM = torch.zeros_like(stack.grad_NM)
         for n in sorted({item.state.n for item in work if item.row.stack == s}):
             mine = [i for i in work if i.row.stack == s and i.state.n == n and i.state.finished is None]
-            for own_scale in (scale, 1.0):
+            for own_scale in dict.fromkeys((scale, 1.0)):
                 stack.zero_grad_()
                 self._passes(mine, own_scale)
                 if values(torch.isfinite(stack.grad_NM[n]).all(), healthy=True):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from katei.base import ops
 from katei.base.packed import Base, Site
 from katei.base.stream import Part, Segments
 from katei.core.errors import AdapterError, RecipeError
@@ -74,7 +75,10 @@ class IA3Stack(Stack):
         self.lowest_layer = min(site.layer for site in self.sites)
 
     def linear(self, site: str, x_TI: Tensor, y_TO: Tensor, part: Part) -> Tensor:
-        return _Scale.apply(y_TO, self.tensors[f"{site}.l_O"], part.segments)  # type: ignore[no-any-return, no-untyped-call]
+        l_NO = self.tensors[f"{site}.l_O"]
+        if ops.device_kind(y_TO) == "cpu":
+            return _Scale.apply(y_TO, l_NO, part.segments)  # type: ignore[no-any-return, no-untyped-call]
+        return _ScaleTogether.apply(y_TO, l_NO, part.adapter_T, part.others_TM(self.adapters))  # type: ignore[no-any-return, no-untyped-call]
 
     def merge(self, n: int, site: str, w_OI: Tensor) -> Tensor:
         return w_OI * self.tensors[f"{site}.l_O"][n].detach()[:, None] if site in self.linear_sites else w_OI
@@ -131,3 +135,22 @@ class _Scale(Function):
                 torch.mul(g, l_NO[n].to(g.dtype), out=to_y[start:stop])
             to_l[n] = (g * y_TO[start:stop]).float().sum(0)
         return to_y, to_l, None
+
+
+class _ScaleTogether(Function):
+    """The same for a GPU: no launch for each adapter."""
+
+    @staticmethod
+    def forward(ctx: Any, y_TO: Tensor, l_NO: Tensor, adapter_T: Tensor, others_TN: Tensor | None) -> Tensor:
+        ctx.save_for_backward(y_TO, l_NO, adapter_T, others_TN)
+        return y_TO * l_NO.to(y_TO.dtype)[adapter_T]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        y_TO, l_NO, adapter_T, others_TN = ctx.saved_tensors
+        g_TO = grads[0]
+        to_y = g_TO * l_NO.to(g_TO.dtype)[adapter_T] if ctx.needs_input_grad[0] else None
+        each_TO = (g_TO * y_TO).to(l_NO.dtype)
+        # a product with ones and zeros: in a fixed order, which a GPU's index_add has not
+        to_l = each_TO.sum(0, keepdim=True) if others_TN is None else (~others_TN).to(l_NO.dtype).mT @ each_TO
+        return to_y, to_l, None, None
