@@ -1,11 +1,13 @@
 """The racing rule's errors, by simulation: how often it stops the setting that would have won, and what that costs.
 
-    python -m benchmarks.racing [--quick]        no base, seconds
+    python -m benchmarks.racing [--quick]        no base, a minute
 
 A race is 8 settings of 10 epochs on E validation rows. A setting's mean loss falls from log 2 towards a level of its own at a
 speed of its own, as the falling learning rate lets it, and may rise again (overfitting). Rows differ in how hard they are (all
 settings alike), in how a setting does on them (for good), and from epoch to epoch. Scenarios differ in how far levels and speeds lie apart;
-`crossing` makes slow settings the better ones, the case that a rule which looks at early losses gets wrong.
+`crossing` makes slow settings the better ones, the case that a rule which looks at early losses gets wrong; in `jumping` a setting's
+loss leaps from epoch to epoch, as with batches of one row, the less the lower the rate. Each race is replayed without the crowd
+(condition c) as well.
 
 Dimensions: N settings · T epochs · E rows.
 """
@@ -20,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.measure import Figures, arguments
-from katei.study.racing import losers
+from katei.study.racing import beaten, crowd
 
 Floats = NDArray[np.float64]
 SETTINGS, EPOCHS = 8, 10
@@ -39,6 +41,8 @@ class Scenario:
     """Of a setting on a row, for good."""
     epoch: float = 0.3
     """Of a setting on a row, in one epoch."""
+    jumps: float = 0.0
+    """Of a setting on all rows, in the first epoch."""
 
 
 SCENARIOS = {
@@ -46,6 +50,7 @@ SCENARIOS = {
     "usual": Scenario(0.25, (0.7, 6.0)),
     "far": Scenario(0.5, (0.5, 12.0)),
     "crossing": Scenario(0.25, (0.7, 8.0), crossing=0.8),
+    "jumping": Scenario(0.25, (0.7, 6.0), jumps=0.2),
     "all alike": Scenario(0.0, (2.0, 2.0), overfitting=0.0),
 }
 
@@ -62,6 +67,8 @@ def simulated_race(scenario: Scenario, rows: int, rng: np.random.Generator) -> t
     true_NT = level_N[:, None] + (math.log(2) - level_N[:, None]) * np.exp(-trained_T / speed_N[:, None])
     overfit_N = scenario.overfitting * np.abs(rng.normal(size=SETTINGS))
     true_NT = true_NT + overfit_N[:, None] * np.maximum(trained_T - 2 * speed_N[:, None], 0) / EPOCHS
+    rate_T = 1 - (t - 0.5) / EPOCHS
+    true_NT = true_NT * np.exp(scenario.jumps * rate_T * rng.normal(size=true_NT.shape))
     row_E = np.exp(rng.normal(0, 0.8, rows))
     own_NE = rng.normal(0, scenario.own, (SETTINGS, 1, rows)) + rng.normal(0, scenario.epoch, (SETTINGS, EPOCHS, rows))
     factor = row_E / row_E.mean() * np.exp(own_NE - (scenario.own**2 + scenario.epoch**2) / 2)
@@ -81,34 +88,35 @@ class Raced:
     """Share of the epochs not trained."""
 
 
-def race(nats_NTE: Floats, true_NT: Floats, level: float | None = None) -> Raced:
+def race(nats_NTE: Floats, true_NT: Floats, *, crowded: bool = True, level: float | None = None) -> Raced:
     """Replay the rule over losses that are known to the end."""
     mean_NT = nats_NTE.mean(2)
+    every = np.arange(SETTINGS)
     full = np.unravel_index(mean_NT.argmin(), mean_NT.shape)
-    running, ended = np.ones(SETTINGS, dtype=bool), np.full(SETTINGS, EPOCHS)
-    for epoch in range(2, EPOCHS):
-        best_N = mean_NT[np.arange(SETTINGS), :epoch].argmin(1)
-        best_N = np.where(running, best_N, [mean_NT[n, : ended[n]].argmin() for n in range(SETTINGS)])
-        best_NE = nats_NTE[np.arange(SETTINGS), best_N]
-        now_N, gain_N = mean_NT[:, epoch - 1], mean_NT[:, epoch - 2] - mean_NT[:, epoch - 1]
-        how = {} if level is None else {"level": level}
-        lost_N = losers(best_NE, now_N, gain_N, epoch, EPOCHS, **how) & running
-        running &= ~lost_N
-        ended[lost_N] = epoch
-    seen_NT = np.where(np.arange(EPOCHS) < ended[:, None], mean_NT, np.inf)
+    running_N, ended_N = np.ones(SETTINGS, dtype=bool), np.full(SETTINGS, EPOCHS)
+    for epoch in range(1, EPOCHS):
+        seen_NT = np.where(np.arange(EPOCHS) < np.minimum(ended_N, epoch)[:, None], mean_NT, np.inf)
+        best_NE = nats_NTE[every, seen_NT.argmin(1)]
+        now_N, gain_N = mean_NT[:, epoch - 1], mean_NT[:, max(epoch - 2, 0)] - mean_NT[:, epoch - 1]
+        lost_N = running_N & beaten(best_NE, now_N, gain_N, epoch, EPOCHS, level)
+        if crowded:
+            lost_N |= crowd(best_NE.mean(1), running_N & ~lost_N, epoch, EPOCHS)
+        running_N &= ~lost_N
+        ended_N[lost_N] = epoch
+    seen_NT = np.where(np.arange(EPOCHS) < ended_N[:, None], mean_NT, np.inf)
     chosen = np.unravel_index(seen_NT.argmin(), seen_NT.shape)
     return Raced(
-        bool(ended[full[0]] < EPOCHS and full[1] >= ended[full[0]]),
+        bool(ended_N[full[0]] < EPOCHS and full[1] >= ended_N[full[0]]),
         float(mean_NT[chosen] - mean_NT[full]),
         float(true_NT[chosen] - true_NT[full]),
-        float(1 - ended.sum() / (SETTINGS * EPOCHS)),
+        float(1 - ended_N.sum() / (SETTINGS * EPOCHS)),
     )
 
 
-def races(scenario: Scenario, rows: int, count: int, seed: int = 0) -> Iterator[Raced]:
+def races(scenario: Scenario, rows: int, count: int, seed: int = 0, *, crowded: bool = True) -> Iterator[Raced]:
     rng = np.random.default_rng(seed)
     for _ in range(count):
-        yield race(*simulated_race(scenario, rows, rng))
+        yield race(*simulated_race(scenario, rows, rng), crowded=crowded)
 
 
 def main() -> None:
@@ -116,12 +124,13 @@ def main() -> None:
     figures = Figures("racing", quick=options.quick)
     for name, scenario in SCENARIOS.items():
         for rows in (20, 43, 200):
-            found = list(races(scenario, rows, 50 if options.quick else 2000))
-            case = f"{name}, {rows} rows"
-            figures.add("winner stopped", "share", [float(np.mean([r.stopped_winner for r in found]))], case=case)
-            figures.add("cost in validation loss", "nats", [float(np.mean([r.cost for r in found]))], case=case)
-            figures.add("cost in true loss", "nats", [float(np.mean([r.true_cost for r in found]))], case=case)
-            figures.add("epochs saved", "share", [float(np.mean([r.saved for r in found]))], case=case)
+            for crowded in (False, True):
+                found = list(races(scenario, rows, 50 if options.quick else 2000, crowded=crowded))
+                case = f"{name}, {rows} rows, {'the whole rule' if crowded else 'beaten alone'}"
+                figures.add("winner stopped", "share", [float(np.mean([r.stopped_winner for r in found]))], case=case)
+                figures.add("cost in validation loss", "nats", [float(np.mean([r.cost for r in found]))], case=case)
+                figures.add("cost in true loss", "nats", [float(np.mean([r.true_cost for r in found]))], case=case)
+                figures.add("epochs saved", "share", [float(np.mean([r.saved for r in found]))], case=case)
 
 
 if __name__ == "__main__":

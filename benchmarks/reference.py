@@ -121,7 +121,7 @@ def fit(model: Any, trial: Trial, train_tokens: Tokens, valid: Tokens | None, te
         save_strategy="no",
         logging_strategy="epoch",
         report_to=[],
-        use_cpu=True,
+        use_cpu=next(model.parameters()).device.type == "cpu",
         disable_tqdm=True,
     )
     trainer = OrderedTrainer(

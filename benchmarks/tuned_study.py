@@ -31,10 +31,9 @@ MODEL = "smollm2"
 TOPICS = ("ai", "emotion", "psychology")
 
 
-def topics(folder: Path, *, parts: bool = False) -> Path:
-    """A labelled set that nobody here wrote: questions by topic, as one file of training rows, or split as one cell of the study is."""
+def topics() -> dict[str, str]:
+    """A labelled set that nobody here wrote: questions by topic."""
     import yaml
-    from sklearn.model_selection import train_test_split
 
     spec = importlib.util.find_spec("chatterbot_corpus")
     assert spec is not None
@@ -47,6 +46,33 @@ def topics(folder: Path, *, parts: bool = False) -> Path:
             text = " ".join(str(conversation[0]).split())
             if text:
                 lines.setdefault(text, name)
+    return lines
+
+
+def poems(name: str, rows: int) -> dict[str, str]:
+    """Of the bundled poems' training and validation rows so many, each voice's share as it is there."""
+    from sklearn.model_selection import train_test_split
+
+    dataset = load_dataset(name)
+    splits = [split for part, split in dataset.splits.items() if part != "test"]
+    lines = {
+        text: dataset.label_names[label]
+        for split in splits
+        for text, label in zip(split.texts, split.labels, strict=True)
+    }
+    labels = list(lines.values())
+    some = (
+        train_test_split(list(lines), train_size=rows, stratify=labels, random_state=0)[0]
+        if rows < len(lines)
+        else list(lines)
+    )
+    return {text: lines[text] for text in some}
+
+
+def write_rows(lines: dict[str, str], folder: Path, *, parts: bool) -> Path:
+    """One file of training rows, or split as one cell of the study is."""
+    from sklearn.model_selection import train_test_split
+
     folder.mkdir(parents=True, exist_ok=True)
     rows, labels = [f"{text}\t{name}" for text, name in lines.items()], list(lines.values())
     files = {"train": rows}
@@ -119,6 +145,7 @@ def report(figures: Figures, study: Study, case: str) -> None:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("data", nargs="?", default="poems-en", help="poems-en, topics, or what katei compare takes")
+    parser.add_argument("--rows", type=int, default=0, help="so many of the bundled poems alone")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--out", type=Path, default=Path("runs/tuned"))
     parser.add_argument("--epochs", type=int, default=10)
@@ -126,6 +153,7 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--token-budget", type=int, default=1024)
     parser.add_argument("--methods", default=",".join(BOOK))
     parser.add_argument("--max-length", type=int, default=200)
     parser.add_argument(
@@ -138,8 +166,9 @@ def main() -> None:
         options.methods, options.batch_size, options.max_length = "ia3,prompt-tuning", 8, 24
     figures = Figures("tuned_study", quick=options.quick)
     data = options.data
-    if data == "topics":
-        folder = topics(SCRATCH / f"topics-{options.folds}", parts=not options.folds)
+    if data == "topics" or options.rows:
+        lines = topics() if data == "topics" else poems(data, options.rows)
+        folder = write_rows(lines, SCRATCH / f"{data}-{options.rows or 'all'}-{options.folds}", parts=not options.folds)
         data = str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
     how: dict[str, Any] = {
         "model": options.model,
@@ -150,6 +179,7 @@ def main() -> None:
         "epochs": options.epochs,
         "batch_size": options.batch_size,
         "max_length": options.max_length,
+        "token_budget": options.token_budget,
         "watcher": Saying(),
     }
     cells = f"{options.folds} folds × {options.repeats}" if options.folds else "one cell"
