@@ -53,7 +53,7 @@ class Recipe:
     tune: int = 0
     """Settings tried per method, its own first; 0 tries none but that."""
     racing: bool = True
-    """Stop a setting that can no longer win (with `tune`)."""
+    """Stop settings that others lead by too much, or too many of them lead (with `tune`)."""
     learning_curve: bool = False
     """Train on 1/8, 1/4 and 1/2 of the training rows too."""
     references: tuple[str, ...] = REFERENCES
