@@ -65,8 +65,8 @@ class Side:
 class Sides:
     """One base for both: theirs gets the untouched model, ours its own copy."""
 
-    def __init__(self, model: str = MODEL):
-        loaded = load_base(model)
+    def __init__(self, model: str = MODEL, precision: str = "fp32"):
+        loaded = load_base(model, precision=precision)
         self.path = loaded.path
         self.backbone: PreTrainedModel = copy.deepcopy(loaded.model)
         self.base = Base(loaded.model, loaded.tokenizer, name=model, fingerprint=loaded.fingerprint)

@@ -107,7 +107,7 @@ class Saying:
 def theirs(study: Study, data: str, rows: int) -> dict[str, float]:
     """Seconds of one epoch of each method with peft + Trainer, per training row (its share of validation rows included)."""
     recipe, design = read_recipe(study.run), study.results["design"]
-    sides = Sides(recipe.model)
+    sides = Sides(recipe.model, recipe.precision)
     valid_rows = max(1, round(rows * design["valid_rows"] / design["train_rows"]))
     split = load_dataset(data).train
     ids = tuple(tuple(sides.base.tokenize(text, recipe.max_length)) for text in split.texts[: rows + valid_rows])
@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--token-budget", type=int, default=1024)
     parser.add_argument("--methods", default=",".join(BOOK))
     parser.add_argument("--max-length", type=int, default=200)
+    parser.add_argument("--precision", default="fp32", help="of the base, on both sides")
     parser.add_argument(
         "--part", type=int, default=20, help="training rows on which peft + Trainer is timed; 0: not at all"
     )
@@ -180,10 +181,11 @@ def main() -> None:
         "batch_size": options.batch_size,
         "max_length": options.max_length,
         "token_budget": options.token_budget,
+        "precision": options.precision,
         "watcher": Saying(),
     }
     cells = f"{options.folds} folds × {options.repeats}" if options.folds else "one cell"
-    case = f"{options.data}, {cells}, {options.tune} settings, {options.epochs} epochs"
+    case = f"{options.data}, {cells}, {options.tune} settings, {options.epochs} epochs, {options.precision}"
     raced = api.compare(data, out=options.out, **how)
     assert not (options.out / PARTIAL).exists()
     report(figures, raced, case)

@@ -114,6 +114,23 @@ def test_attention(keys: int, groups: int, kind: str) -> None:
         torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_attention_in_half_precision_is_as_good_as_torchs_own(dtype: torch.dtype) -> None:
+    """Both against float64, from the same rounded values."""
+    given = [random(8, 8, 9, 16).to(dtype), random(8, 4, 9, 16).to(dtype), random(8, 4, 9, 16).to(dtype)]
+    weight = random(8, 8, 9, 16).to(dtype)
+    results = []
+    for f, kind_of in ((ops.attention, dtype), (ops.torch_attention, dtype), (ops.torch_attention, torch.float64)):
+        leaves = [x.to(kind_of).requires_grad_() for x in given]
+        out = f(*leaves, 0.4, None, True)
+        assert out.dtype == kind_of
+        gradients = torch.autograd.grad(out, leaves, weight.to(kind_of))
+        assert ("Short" in str(out.grad_fn)) == (f is ops.attention)
+        results.append([out.double(), *(g.double() for g in gradients)])
+    for mine, torchs, exact in zip(*results, strict=True):
+        assert float((mine - exact).norm()) <= 1.1 * float((torchs - exact).norm())
+
+
 def part(segments: tuple[tuple[int, int, int], ...]) -> Part:
     owner_T = torch.cat([torch.full((stop - start,), n) for n, start, stop in segments])
     return Part(0, 0, len(owner_T), 0, 1, owner_T, owner_T, segments, (), ())

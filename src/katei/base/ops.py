@@ -103,7 +103,7 @@ def rms_norm_plain(x: Tensor, scale_D: Tensor, eps: float, *, cast_first: bool) 
 class _RmsNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale_D: Tensor, eps: float, cast_first: bool) -> Tensor:
-        x32 = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        x32 = _wide(x)
         rms = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
         inverse = rms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale_D, inverse)
@@ -113,7 +113,7 @@ class _RmsNorm(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, scale_D, inverse = ctx.saved_tensors
-        x32 = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        x32 = _wide(x)
         scaled = grads[0].to(x32.dtype) * scale_D.to(x32.dtype)
         along = (scaled * x32).sum(-1, keepdim=True).mul_(inverse.pow(3)).div_(x.shape[-1])
         return scaled.mul_(inverse).addcmul_(x32, along, value=-1).to(x.dtype), None, None, None
@@ -194,7 +194,7 @@ def attention(
 ) -> Tensor:
     """softmax(scaling · q kᵀ) v over the keys that `visible` (broadcast to B, 1, L, keys) allows; without it causal, or all keys."""
     rows, heads, _, _ = q_BHLK.shape
-    if one_dnn(q_BHLK) and k_BGLK.shape[2] <= SHORT and rows * heads >= 32:
+    if device_kind(q_BHLK) == "cpu" and k_BGLK.shape[2] <= SHORT and rows * heads >= 32:
         if causal and visible is None:
             visible = torch.ones(q_BHLK.shape[2], k_BGLK.shape[2], dtype=torch.bool).tril_()
         return _ShortAttention.apply(q_BHLK, k_BGLK, v_BGLK, scaling, visible)  # type: ignore[no-any-return, no-untyped-call]
@@ -229,7 +229,9 @@ def torch_attention(
 
 
 class _ShortAttention(Function):
-    """Many short rows: one batched product per step of the formula, the heads of a group side by side."""
+    """Many short rows: one batched product per step of the formula, the heads of a group side by side. Half precision is computed in
+    float32, as torch's own does.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scaling: float, visible: Tensor | None) -> Tensor:
@@ -237,20 +239,25 @@ class _ShortAttention(Function):
         groups, keys = k.shape[1], k.shape[2]
         flat_q = q.reshape(rows * groups, -1, size)
         flat_k, flat_v = k.reshape(-1, keys, size), v.reshape(-1, keys, size)
-        scores = torch.bmm(flat_q, flat_k.mT).mul_(scaling)
+        scores = torch.bmm(_wide(flat_q), _wide(flat_k).mT).mul_(scaling)
         if visible is not None:
             scores.view(rows, heads, queries, keys).masked_fill_(~visible, -torch.inf)
         p = torch.softmax(scores, -1)
         ctx.save_for_backward(flat_q, flat_k, flat_v, p)
         ctx.scaling, ctx.shapes = scaling, (q.shape, k.shape)
-        return torch.bmm(p, flat_v).view(rows, heads, queries, size)
+        return torch.bmm(p, _wide(flat_v)).view(rows, heads, queries, size).to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         q, k, v, p = ctx.saved_tensors
         q_shape, k_shape = ctx.shapes
-        g = grads[0].reshape(q.shape)
+        g = _wide(grads[0].reshape(q.shape))
         to_v = torch.bmm(p.mT, g)
-        to_scores = torch.ops.aten._softmax_backward_data(torch.bmm(g, v.mT), p, -1, p.dtype).mul_(ctx.scaling)
-        to_q, to_k = torch.bmm(to_scores, k), torch.bmm(to_scores.mT, q)
+        to_scores = torch.ops.aten._softmax_backward_data(torch.bmm(g, _wide(v).mT), p, -1, p.dtype).mul_(ctx.scaling)
+        to_q, to_k = torch.bmm(to_scores, _wide(k)), torch.bmm(to_scores.mT, _wide(q))
+        to_q, to_k, to_v = (x.to(q.dtype) for x in (to_q, to_k, to_v))
         return to_q.view(q_shape), to_k.view(k_shape), to_v.view(k_shape), None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
