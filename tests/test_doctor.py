@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 import sys
 from pathlib import Path
@@ -33,6 +34,11 @@ def test_it_is_plain_data_about_this_machine() -> None:
         1 <= report["machine"]["available_bytes"] <= report["machine"]["memory_bytes"] <= psutil.virtual_memory().total
     )
     assert report["machine"]["threads"] >= 1
+    flags = Path("/proc/cpuinfo")
+    if flags.exists() and platform.machine() == "x86_64":
+        assert report["machine"]["bf16"] == any(
+            word in flags.read_text().split() for word in ("amx_bf16", "avx512_bf16")
+        )
     assert report["versions"]["torch"] == torch.__version__
     assert report["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert len(report["accelerators"]) == torch.cuda.device_count() + torch.backends.mps.is_available()

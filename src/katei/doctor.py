@@ -91,9 +91,21 @@ def _machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count() or 1,
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "bf16": _multiplies_bf16(),
         "memory_bytes": min(memory.total, limit or memory.total),
         "available_bytes": min(memory.available, limit or memory.available),
     }
+
+
+def _multiplies_bf16() -> bool | None:
+    """The processor has instructions for it (x86: AMX or AVX-512 BF16; ARM: BF16); None where this torch does not say."""
+    import torch
+
+    known = getattr(torch.cpu, "get_capabilities", None)
+    if known is None:
+        return None
+    able = known()
+    return any(bool(able.get(name)) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def _processor() -> str:
