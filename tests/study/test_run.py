@@ -143,6 +143,13 @@ def small(base: Path, data: Path, out: Path, **more: Any) -> Any:
     return api.compare(data, out=out, model=str(base), **(given | more))
 
 
+def test_an_adapter_scores_as_it_is_saved_whatever_trained_beside_it(llama: Trained, tmp_path: Path) -> None:
+    """An encoder of this width gives other last bits among ten than alone; a run checks what it saves."""
+    how = {"methods": ["p-tuning"], "seeds": 10, "settings": {"hidden": 257}}
+    study = small(llama.base, llama.data, tmp_path / "run", **how)
+    assert len(study.results["trials"]) == 10
+
+
 def test_the_same_seed_gives_the_same_bytes(llama: Trained, tmp_path: Path) -> None:
     again = train_again(llama, tmp_path / "again")
     assert result_bytes(again) == result_bytes(llama.run)

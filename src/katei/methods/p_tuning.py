@@ -132,8 +132,9 @@ class PTuningStack(Stack):
         }
 
     def peft_tensors(self, n: int) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return {"prompt_embeddings": self.embed()[n].clone()}
+        # alone: the last bits of a batched product go by how many are in it
+        with torch.no_grad(), self.narrowed(n, n + 1):
+            return {"prompt_embeddings": self.embed()[0].clone()}
 
     def load_peft_(self, n: int, tensors: Mapping[str, Tensor]) -> None:
         raise AssertionError("a saved P-tuning adapter is its vectors alone: `saved_as` reads them as prompt tuning")

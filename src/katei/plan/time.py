@@ -142,7 +142,8 @@ def calibrate(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 
             rate[rows] = 2.0 * rows * numbers / _seconds(multiply, 0.12 * seconds, device)
         kernel = _first_seconds(weights[0], random) if ops.one_dnn(weights[0][0]) else 0.0
-        a, b = random(36, 64, 64), random(36, 64, 64)
+        wide = torch.float32 if device.type == "cpu" else dtype  # as short attention is computed there
+        a, b = (torch.randn(36, 64, 64, dtype=wide, device=device) for _ in range(2))
         batched = 2.0 * 36 * 64**3 / _seconds(lambda: torch.bmm(a, b), 0.1 * seconds, device)
         y, z = random(1024, mlp), random(1024, mlp)
         bandwidth = 5 * y.nbytes / _seconds(lambda: F.silu(y) * z, 0.1 * seconds, device)

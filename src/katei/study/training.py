@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from katei.base.packed import Base
 from katei.core.calibration import fit_temperature
@@ -23,6 +24,7 @@ from katei.data import Dataset
 from katei.engine.checkpoint import is_state_of, load_state, save_state
 from katei.engine.lockstep import Lockstep, Tokens, TrialState, score_rows
 from katei.methods.adalora import AdaLoRAStack
+from katei.methods.contract import Stack
 from katei.methods.full import Full
 from katei.methods.saved import AdapterNote, load_into_, read_adapter, save_adapter
 from katei.study.answered import load_answered, save_answered
@@ -245,17 +247,24 @@ def _save_adapters(lockstep: Lockstep, ended: Sequence[Ended], base: Base, job: 
                 folder, stack, state.n, trial.method, note, str(base.model.config._name_or_path or job.recipe.model)
             )
             saved = read_adapter(folder, diverged=state.finished == "diverged")
-            mine = [(state.stack, state.n, job.pool.ids[row]) for row in (planned.cell.test or trial.rows)[:4]]
-            before = score_rows(base, lockstep.stacks, mine, token_budget=budget)
+            rows = [job.pool.ids[row] for row in (planned.cell.test or trial.rows)[:4]]
+            before = _scored_alone(base, stack, state.n, rows, budget)
             if trial.method.saved_as() == trial.method:
                 load_into_(stack, state.n, saved)
-                after = score_rows(base, lockstep.stacks, mine, token_budget=budget)
-            else:  # read as another method: its own stack, of the same number of adapters
-                read_as = trial.method.saved_as().build(base, stack.classes, [0] * stack.adapters, [])
-                other = [read_as if s == state.stack else k for s, k in enumerate(lockstep.stacks)]
-                load_into_(read_as, state.n, saved)
-                after = score_rows(base, other, mine, token_budget=budget)
+                after = _scored_alone(base, stack, state.n, rows, budget)
+            else:  # read as another method
+                read_as = trial.method.saved_as().build(base, stack.classes, [0], [])
+                load_into_(read_as, 0, saved)
+                after = _scored_alone(base, read_as, 0, rows, budget)
             if before.tobytes() != after.tobytes() and state.finished != "diverged":
                 raise AssertionError(
                     f"{trial.name}: the saved adapter scores rows differently by {np.abs(before - after).max():.2e}"
                 )
+
+
+def _scored_alone(
+    base: Base, stack: Stack, n: int, rows: Sequence[Sequence[int]], token_budget: int
+) -> NDArray[np.float64]:
+    """By adapter n without its companions, on which the last bits of a batched product depend."""
+    with stack.narrowed(n, n + 1):
+        return score_rows(base, [stack], [(0, 0, row) for row in rows], token_budget=token_budget)
